@@ -1,0 +1,1060 @@
+"""What at least two stages share, in reading order:
+
+    log-probs and GAE    token_logprobs, masked_mean, whiten, gae
+    generation           generate: K/V slots, ragged prompts, no left padding
+    models               load_policy, load_reward, response_logprobs, response_values, sequence_scores
+    data                 JSONL rows, chat templates, batches padded on the right
+    the run folder       Run: settings, metrics, checkpoints, Ctrl-C; the command line
+
+Shapes: B sequences, T tokens, R response tokens, V vocabulary, d hidden size. Sequences are `prompt + response`, contiguous and
+padded on the right only: causal attention never looks right, so no attention mask and no position ids are needed.
+A `mask` is 1.0 on real response tokens, EOS included; it comes from lengths, never from `ids != pad`, since pad is often EOS.
+"""
+
+import gzip
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+)
+from transformers.utils import logging as transformers_logging
+
+EMBEDDED = Path(__file__).parent / "data"  # the small HHH world that every stage falls back to
+
+
+# ----------------------------------------------------------------------------------------------
+# Log-probs and GAE
+
+
+def token_logprobs(logits, tokens, temperature=1.0):
+    """log softmax(logits / temperature) at `tokens`: (..., V), (...) -> (...), always in float32."""
+    logits = logits.float() / temperature
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def masked_mean(x, mask):
+    """Mean of `x` over the entries where `mask` is 1: a scalar, 0 when there is none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_variance(x, mask):
+    """Population variance of `x` over the entries where `mask` is 1: a scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x, mask):
+    """`x` shifted and scaled to mean 0 and (population) variance 1 over the masked entries; 0 elsewhere."""
+    return (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + 1e-8) * mask
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over the real response tokens.
+
+    All (B, T). values[:, t] is V(s_t), the state before token t is chosen. The episode ends after its last real token, so
+    nothing is bootstrapped past it. Returns (advantages, returns), both 0 where mask is 0.
+    """
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values) * mask
+
+
+# ----------------------------------------------------------------------------------------------
+# Generation
+#
+# S slots hold S sequences at different lengths. Each attention module keeps K/V buffers, a row writes its new key at its own
+# length, and a finished row's slot takes the next waiting prompt. Nothing is padded on the left and nothing is re-ordered.
+
+
+class Slots:
+    """The sequences being generated: fixed buffers on the device, one row a slot."""
+
+    def __init__(self, size, max_length, max_new_tokens, device):
+        self.size, self.max_length = size, max_length
+        self.rows = torch.arange(size, device=device)
+        self.token = torch.zeros(size, dtype=torch.long, device=device)  # last sampled, not in the cache yet
+        self.length = torch.zeros(size, dtype=torch.long, device=device)  # tokens in the cache
+        self.count = torch.zeros(size, dtype=torch.long, device=device)  # tokens sampled
+        self.done = torch.ones(size, dtype=torch.bool, device=device)  # answered, or never used
+        self.out = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
+        self.filling = None  # during a prefill: the slots that its rows go to
+        self.mask = None  # during a decode step: (S, 1, 1, kv) cached positions each row may see
+
+    def append(self, rows, tokens, eos):
+        """Append one sampled token (n,) to each of `rows` (n,) that is not done yet."""
+        going = ~self.done[rows]
+        at = self.count[rows].clamp(max=self.out.shape[1] - 1)
+        self.out[rows, at] = torch.where(going, tokens, self.out[rows, at])
+        self.token[rows] = tokens
+        self.count[rows] += going
+        self.done[rows] |= torch.isin(tokens, eos) | (self.count[rows] == self.out.shape[1])
+
+
+def slot_attention(module, query, key, value, attention_mask, scaling=None, slots=None, **kwargs):
+    """Attention for transformers' AttentionInterface: query (B, H, Q, D), key and value (B, G, Q, D), G groups of H/G heads."""
+    B, H, Q, D = query.shape
+    G = key.shape[1]
+    if slots.filling is not None:
+        if getattr(module, "slot_keys", None) is None:
+            module.slot_keys = key.new_zeros(slots.size, G, slots.max_length, D)
+            module.slot_values = value.new_zeros(slots.size, G, slots.max_length, value.shape[-1])
+        module.slot_keys[slots.filling, :, :Q] = key
+        module.slot_values[slots.filling, :, :Q] = value
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=G != H)
+        return out.transpose(1, 2), None
+    module.slot_keys[slots.rows, :, slots.length] = key[:, :, 0]
+    module.slot_values[slots.rows, :, slots.length] = value[:, :, 0]
+    kv = slots.mask.shape[-1]
+    # A group's query heads share its keys: put them on the query-length axis, and K and V need no repetition.
+    out = F.scaled_dot_product_attention(
+        query.view(B, G, H // G, D),
+        module.slot_keys[:, :, :kv],
+        module.slot_values[:, :, :kv],
+        attn_mask=slots.mask,
+        scale=scaling,
+    )
+    return out.reshape(B, 1, H, -1), None
+
+
+AttentionInterface.register("slots", slot_attention)
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One token a row from softmax(logits / temperature), optionally truncated: (S, V) -> (S,). temperature 0 is argmax."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.softmax(-1).sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the first token is always inside
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    # argmax(logits + Gumbel noise) is a draw from softmax(logits), and -log(Exponential) is Gumbel.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log()).argmax(-1)
+
+
+def prefill(model, slots, free, prompts):
+    """Run `prompts` (lists of ids) into the slots `free`; returns the logits after each prompt (n, V)."""
+    device = slots.rows.device
+    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    slots.filling = torch.tensor(free, device=device)
+    hidden = hidden_states(model, pad_right(prompts, device), slots=slots)  # (n, P, d)
+    slots.length[slots.filling] = last + 1
+    slots.filling = None
+    return lm_head(model)(hidden[torch.arange(len(prompts), device=device), last])
+
+
+def decode(model, slots, kv):
+    """Feed every slot's last token, seeing at most `kv` cached positions; returns the next logits (S, V)."""
+    seen = torch.arange(kv, device=slots.rows.device) <= slots.length[:, None]  # (S, kv), its own token included
+    slots.mask = seen[:, None, None]
+    hidden = hidden_states(model, slots.token[:, None], position_ids=slots.length[:, None], slots=slots)
+    return lm_head(model)(hidden[:, 0])
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0, generator=None, slots=256
+):
+    """Sample one response to each prompt.
+
+    prompts: lists of token ids, of any lengths. eos_id: an int or several. temperature 0 is greedy. `slots` sequences run at
+    once; a finished one makes room for the next prompt. Returns lists of token ids in the order of the prompts, EOS kept
+    when it was sampled. The model is left as it was found. A model whose attention cannot be hooked goes through
+    `model.generate`. Raises ValueError for an empty prompt.
+    """
+    if min((len(p) for p in prompts), default=1) == 0:
+        raise ValueError("generate: an empty prompt has no token to continue from")
+    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=model.device)
+    draw = lambda logits: sample(logits, temperature, top_k, top_p, generator)  # noqa: E731
+    max_length = max((len(p) for p in prompts), default=0) + max_new_tokens
+    if not slots_work(model, max_length):
+        return transformers_generate(
+            model, prompts, max_new_tokens, eos, temperature, top_k, top_p, generator, slots
+        )
+
+    state = Slots(min(slots, len(prompts)), max_length, max_new_tokens, model.device)
+    waiting = list(range(len(prompts)))
+    responses = [None] * len(prompts)
+    answering = [None] * state.size  # which prompt each slot works on
+    burst = 16 if model.device.type == "cuda" else 1  # steps between two looks of the host at the device
+    with slot_model(model):
+        while True:
+            for slot in state.done.nonzero().flatten().tolist():
+                if answering[slot] is not None:
+                    responses[answering[slot]] = state.out[slot, : state.count[slot]].tolist()
+                    answering[slot] = None
+            free = [slot for slot, prompt in enumerate(answering) if prompt is None][: len(waiting)]
+            if free:
+                taken, waiting = waiting[: len(free)], waiting[len(free) :]
+                for slot, prompt in zip(free, taken):
+                    answering[slot] = prompt
+                rows = torch.tensor(free, device=model.device)
+                logits = prefill(model, state, free, [prompts[i] for i in taken])
+                state.count[rows] = 0
+                state.done[rows] = False
+                state.append(rows, draw(logits), eos)
+            if all(prompt is None for prompt in answering):
+                return responses
+            kv = min(max_length, int(state.length.max()) + burst)
+            for _ in range(burst):
+                logits = decode(model, state, kv)
+                state.length += ~state.done
+                state.append(state.rows, draw(logits), eos)
+
+
+class slot_model:
+    """Context: the model in eval mode with slot attention, and afterwards as it was, its K/V buffers freed."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.training, self.attention = self.model.training, self.model.config._attn_implementation
+        self.model.eval()
+        self.model.set_attn_implementation("slots")
+
+    def __exit__(self, *error):
+        self.model.set_attn_implementation(self.attention)
+        self.model.train(self.training)
+        for module in self.model.modules():
+            module.__dict__.pop("slot_keys", None)
+            module.__dict__.pop("slot_values", None)
+
+
+def slots_work(model, max_length):
+    """Whether slot attention reproduces this model: no sliding window in reach, and one prefill and step agree with a plain forward."""
+    config = model.config.get_text_config()
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if windowed and windowed < max_length:
+        works = False
+    elif not hasattr(model, "slots_agree"):
+        ids = torch.arange(2, 12, device=model.device) % config.vocab_size
+        prompts = [ids[:5].tolist(), ids[:8].tolist()]
+        slots = Slots(2, 10, 2, model.device)
+        try:
+            with slot_model(model):
+                prefill(model, slots, [0, 1], prompts)
+                slots.token[:] = ids[[5, 8]]
+                step = decode(model, slots, 10)
+            training = model.training
+            model.eval()
+            plain = [model(ids[None, : len(p) + 1], use_cache=False).logits[0, -1] for p in prompts]
+            model.train(training)
+            gap = (step.float() - torch.stack(plain).float()).abs().max()
+            model.slots_agree = bool(gap < (1e-3 if model.dtype == torch.float32 else 0.3))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            model.slots_agree = False
+        works = model.slots_agree
+    else:
+        works = model.slots_agree
+    if not works and not hasattr(model, "slots_told"):
+        model.slots_told = True
+        print(f"{type(model).__name__}: attention cannot run in slots, so generation uses model.generate")
+    return works
+
+
+def transformers_generate(
+    model, prompts, max_new_tokens, eos, temperature, top_k, top_p, generator, batch_size
+):
+    """The same through `model.generate`, left-padded with an attention mask; for models that slots cannot run."""
+    responses = []
+    training, eos_ids = model.training, set(eos.tolist())
+    how = dict(do_sample=False)
+    if temperature > 0:
+        how = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    model.eval()
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        if generator is not None:  # model.generate draws from the global generator only
+            draw = torch.randint(2**31, (1,), device=generator.device, generator=generator)
+            torch.manual_seed(int(draw))
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            width = max(len(p) for p in part)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
+            seen = torch.tensor(
+                [[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device
+            )
+            out = model.generate(
+                ids, attention_mask=seen, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=0, **how
+            )
+            for row in out[:, width:].tolist():
+                end = next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
+                responses.append(row[:end])
+    model.train(training)
+    return responses
+
+
+# ----------------------------------------------------------------------------------------------
+# Models
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line; the command line turns it into exit code 2."""
+
+
+def choose_device(name):
+    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder or hub name. Raises UserError where there is none, or one without an EOS token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no tokenizer to load ({str(error).splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
+    return tokenizer
+
+
+def load_policy(path, device, dtype=torch.float32):
+    """A causal LM ready to train or to freeze: dropout 0, train() mode. Raises UserError when `path` holds something else."""
+    model = load_model(AutoModelForCausalLM, path, device, dtype)
+    if "ForSequenceClassification" in architecture(model):
+        raise UserError(f"{path}: a reward model where a causal language model is needed")
+    has_plain_head(model)
+    return model
+
+
+def load_reward(path, device, dtype=torch.float32):
+    """A reward or value model: AutoModelForSequenceClassification with one label. Raises UserError for anything else."""
+    model = load_model(AutoModelForSequenceClassification, path, device, dtype)
+    if "ForSequenceClassification" not in architecture(model) or model.config.num_labels != 1:
+        raise UserError(
+            f"{path}: {architecture(model)} is no reward model: expected sequence classification with one label"
+        )
+    model.scores_tokens = scores_tokens(model)
+    if model.scores_tokens:
+        model.score.float()  # a reward rounded to bfloat16 has three digits
+    return model
+
+
+@torch.no_grad()
+def scores_tokens(model):
+    """Whether `score(hidden)` at the last token is this model's output, so that one pass scores every token (causal models)."""
+    if not hasattr(model, "score"):
+        return False
+    pad = model.config.get_text_config().pad_token_id
+    ids = torch.tensor([[i for i in range(2, 12) if i != pad]], device=model.device)
+    pooled = model(input_ids=ids).logits[0, 0].float()
+    last = model.score(model.base_model(input_ids=ids).last_hidden_state)[0, -1, 0].float()
+    return bool((pooled - last).abs() <= 0.02 * pooled.abs().clamp(min=1))
+
+
+def architecture(model):
+    return (model.config.architectures or [type(model).__name__])[0]
+
+
+def load_model(auto_class, path, device, dtype, **kwargs):
+    try:
+        model = auto_class.from_pretrained(path, dtype=dtype, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no model to load ({str(error).splitlines()[0]})") from None
+    # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a word, and with dropout on, the
+    # ratio of the first step would not be 1.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model.to(device).train()
+
+
+@torch.no_grad()
+def has_plain_head(model):
+    """Whether logits are just lm_head(hidden), found by one short batch: some models scale or cap theirs (kept on the model)."""
+    if not hasattr(model, "plain_head"):
+        ids = torch.arange(2, 10, device=model.device)[None] % model.config.get_text_config().vocab_size
+        training = model.training
+        model.eval()
+        try:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            gap = (model.get_output_embeddings()(hidden) - model(input_ids=ids, use_cache=False).logits).abs().max()
+            model.plain_head = bool(gap < 1e-3)
+        except (AttributeError, RuntimeError, TypeError):
+            model.plain_head = False
+        model.train(training)
+        if not model.plain_head:
+            print(f"{type(model).__name__}: logits are not lm_head(hidden), so its full forward is used: more memory")
+    return model.plain_head
+
+
+def hidden_states(model, ids, **kwargs):
+    """What `lm_head` turns into logits: (B, T) -> (B, T, d), or the logits themselves for a model without a plain head."""
+    if has_plain_head(model):
+        return model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+    return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+
+def lm_head(model):
+    return model.get_output_embeddings() if has_plain_head(model) else torch.nn.Identity()
+
+
+def autocast(device):
+    """bfloat16 arithmetic over float32 weights on a GPU; plain float32 on the CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def response_logprobs(model, batch, temperature=1.0):
+    """Log-probs of the response tokens, and the entropy (no gradient) where each was chosen: two (B, R) float32 tensors.
+
+    Only response positions reach the LM head, 1,024 at a time and recomputed in the backward pass, so that the (B, T, V)
+    float32 logits never exist. Entries past a response are meaningless: mask them.
+    """
+    with autocast(batch.ids.device):
+        hidden = take(hidden_states(model, batch.ids), batch.positions)  # (B, R, d)
+        head = lm_head(model)
+        chunks = zip(hidden.flatten(0, 1).split(1024), batch.tokens.flatten().split(1024))
+        if batch.tokens.numel() <= 1024:  # a single chunk has nothing to save
+            parts = [head_logprobs(head, h, t, temperature) for h, t in chunks]
+        else:
+            parts = [checkpoint(head_logprobs, head, h, t, temperature, use_reentrant=False) for h, t in chunks]
+    logprobs, entropy = (torch.cat(part).view(batch.tokens.shape) for part in zip(*parts))
+    return logprobs, entropy
+
+
+def head_logprobs(head, hidden, tokens, temperature):
+    """(N, d) hidden states and the (N,) tokens that followed -> their log-probs (N,) and the entropies (N,)."""
+    logits = head(hidden).float()  # (N, V)
+    logprobs = token_logprobs(logits, tokens, temperature)
+    with torch.no_grad():
+        log_p = (logits / temperature).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return logprobs, entropy
+
+
+def token_scores(model, ids):
+    """The score head read at every token, less the reward model's stored mean: (B, T) -> (B, T) float32."""
+    with autocast(ids.device):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return model.score(hidden.float()).squeeze(-1) - getattr(model.config, "reward_mean", 0.0)
+
+
+def response_values(model, batch):
+    """V(s_t) for the state before each response token: (B, R). The same network as the reward model, read at every token."""
+    return take(token_scores(model, batch.ids), batch.positions)
+
+
+def sequence_scores(model, batch):
+    """The reward model's score of each sequence (B,): read at its last real token, EOS or not."""
+    if model.scores_tokens:
+        return take(token_scores(model, batch.ids), batch.lengths[:, None] - 1).squeeze(1)
+    seen = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths[:, None]
+    with autocast(batch.ids.device):
+        logits = model(input_ids=batch.ids, attention_mask=seen.long()).logits
+    return logits.squeeze(-1).float() - getattr(model.config, "reward_mean", 0.0)
+
+
+def take(x, positions):
+    """Row-wise x[b, positions[b]]: (B, T, ...), (B, R) -> (B, R, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], positions]
+
+
+def compile_layers(model, mode):
+    """Compile the transformer layers one by one (they share their code). mode: auto (CUDA and over 50M parameters), on, off."""
+    big = model.device.type == "cuda" and sum(p.numel() for p in model.parameters()) > 50e6
+    if mode == "on" or (mode == "auto" and big):
+        # Every model of a family shares the recompile limit of its layer code, and past it layers run eagerly.
+        torch._dynamo.config.recompile_limit = 64
+        layers = max(
+            (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]
+        )
+        for layer in layers:
+            layer.compile(dynamic=True)
+
+
+def make_adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = model.device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+
+
+def set_lr(optimizer, lr, step, steps, warmup, schedule):
+    """Linear warm-up over `warmup` steps, then constant or linear decay to 0 after `steps`; step counts from 1. Returns the rate."""
+    lr = lr * min(1.0, step / max(1, warmup))
+    if schedule == "linear" and step > warmup:
+        lr = lr * (steps - step + 1) / (steps - warmup + 1)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def make_generator(device, *key):
+    """A generator seeded by (seed, step, ...): randomness is a function of the step, so a resumed run draws the same numbers."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(48))
+
+
+def epoch_batch(n, size, step, seed):
+    """The `size` row numbers of batch `step` (from 1) in an endless series of shuffled epochs over `n` rows."""
+    rows = []
+    cursor = (step - 1) * size
+    while len(rows) < size:
+        epoch, at = divmod(cursor + len(rows), n)
+        order = torch.randperm(n, generator=make_generator("cpu", seed, "epoch", epoch)).tolist()
+        rows += order[at : at + size - len(rows)]
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------
+# Data
+
+
+def read_jsonl(path):
+    """The objects of a .jsonl or .jsonl.gz file; each remembers its `where` ("file:line"). Raises UserError at the first bad line."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    rows = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}:{number}: expected one JSON object a line")
+                    rows.append(row | {"where": f"{path}:{number}"})
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not rows:
+        raise UserError(f"{path}: no lines in it")
+    return rows
+
+
+def read_split(path, eval_path, embedded_eval):
+    """Training and held-out rows. Held out: `eval_path`; else the embedded file for embedded data; else the last 5%, at most 200."""
+    rows = read_jsonl(path)
+    if not eval_path and Path(path).parent == EMBEDDED:
+        eval_path = embedded_eval
+    if eval_path:
+        return rows, read_jsonl(eval_path)
+    held_out = min(200, max(1, len(rows) // 20))
+    if held_out >= len(rows):
+        raise UserError(f"{path}: one line cannot be both training and held-out data; name --eval_data")
+    print(f"no --eval_data: the last {held_out} of {len(rows)} lines of {path} are held out")
+    return rows[:-held_out], rows[-held_out:]
+
+
+def field(row, key):
+    """row[key], which must be text or chat messages and not empty. Raises UserError naming the line and the key."""
+    if key not in row:
+        keys = ", ".join(k for k in row if k != "where")
+        raise UserError(f'{row["where"]}: no "{key}" (the keys are: {keys})')
+    value = row[key]
+    messages = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )
+    if not isinstance(value, str) and not messages:
+        raise UserError(f'{row["where"]}: "{key}" must be a string or a list of chat messages (role, content)')
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise UserError(f'{row["where"]}: "{key}" is empty')
+    return value
+
+
+def split_pair(row):
+    """Prompt, chosen and rejected of a comparison; HH-RLHF's own form holds whole dialogues and no prompt."""
+    chosen, rejected = field(row, "chosen"), field(row, "rejected")
+    if "prompt" in row:
+        return field(row, "prompt"), chosen, rejected
+    prompt = os.path.commonprefix([chosen, rejected])  # works on strings and on lists of messages
+    if isinstance(prompt, str):
+        prompt = prompt[: prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")] if "\n\nAssistant:" in prompt else ""
+    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not prompt or not chosen or not rejected:
+        raise UserError(
+            f'{row["where"]}: no "prompt", and "chosen" and "rejected" share no dialogue up to a last Assistant turn'
+        )
+    return prompt, chosen, rejected
+
+
+def prompt_of(row):
+    """The prompt of a line of any of our forms, as text or chat messages."""
+    if "prompt" not in row and "messages" in row:
+        messages = field(row, "messages")
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return field(row | {"messages": messages}, "messages")
+    if "prompt" not in row and "chosen" in row:
+        return split_pair(row)[0]
+    return field(row, "prompt")
+
+
+def render(tokenizer, messages, where, generation=False):
+    if tokenizer.chat_template is None:
+        raise UserError(f"{where}: chat messages, but the tokenizer has no chat template")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except Exception as error:  # a template is code of the model's author and raises what it likes
+        raise UserError(f"{where}: the chat template refuses these messages ({error})") from None
+
+
+def plain_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def assistant_turn(tokenizer, before, message, where):
+    """One assistant turn as (text before it, ids of the turn up to its end token, ids after the end token).
+
+    The turn is what the chat template adds to the rendering of `before` plus the generation prompt. Its last special token
+    ends it; a template that writes none gets EOS. Raises UserError where the template rewrites what came before.
+    """
+    start = render(tokenizer, before, where, generation=True)
+    whole = render(tokenizer, before + [message], where)
+    if not whole.startswith(start):
+        raise UserError(f"{where}: the chat template rewrites earlier turns, so a turn's tokens cannot be told apart")
+    ids = plain_ids(tokenizer, whole[len(start) :])
+    ends = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
+    if not ends:
+        return start, ids + [tokenizer.eos_token_id], []
+    return start, ids[: ends[-1] + 1], ids[ends[-1] + 1 :]
+
+
+def encode_prompt(tokenizer, prompt, where="prompt"):
+    """Token ids of a prompt: text with the tokenizer's special tokens (no EOS), messages through the chat template."""
+    if not isinstance(prompt, str):
+        return plain_ids(tokenizer, render(tokenizer, prompt, where, generation=True))
+    ids = tokenizer(prompt)["input_ids"]
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    if not ids:
+        raise UserError(f"{where}: the prompt has no tokens")
+    return ids
+
+
+def encode_response(tokenizer, prompt, response, where="response"):
+    """Token ids of a response, its end token included; tokenised apart from the prompt, as generation sees them."""
+    if not isinstance(response, str):
+        if len(response) != 1 or response[0]["role"] != "assistant":
+            raise UserError(f"{where}: a response in messages must be one assistant message")
+        response = response[0]["content"]
+    if isinstance(prompt, str):
+        return plain_ids(tokenizer, response) + [tokenizer.eos_token_id]
+    return assistant_turn(tokenizer, prompt, dict(role="assistant", content=response), where)[1]
+
+
+def encode_dialogue(tokenizer, messages, where="messages"):
+    """A dialogue as (ids, mask): the mask is 1 on every assistant turn, its end token included, and 0 on everything else.
+
+    For the template "<u>hi</u><a>yes</a>" (end token </a>) the ids of hi/yes give mask 0 0 0 0 1 1.
+    """
+    ids, mask, done = [], [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, turn, rest = assistant_turn(tokenizer, messages[:i], message, where)
+        if not start.startswith(done):
+            raise UserError(f"{where}: the chat template rewrites earlier turns, so a turn's tokens cannot be told apart")
+        context = plain_ids(tokenizer, start[len(done) :])
+        ids += context + turn + rest
+        mask += [0] * len(context) + [1] * len(turn) + [0] * len(rest)
+        done = render(tokenizer, messages[: i + 1], where)
+    if not any(mask):
+        raise UserError(f"{where}: no assistant message to learn from")
+    return ids, mask
+
+
+def join(prompt, response):
+    """Prompt and response ids as one example: (ids, mask), the mask 1 on the response."""
+    return prompt + response, [0] * len(prompt) + [1] * len(response)
+
+
+def demonstration(tokenizer, row):
+    """One line of SFT data as (ids, mask): `messages`, or `prompt` and `completion`, or a pair, whose `chosen` is the completion."""
+    if "messages" in row:
+        return encode_dialogue(tokenizer, field(row, "messages"), row["where"])
+    if "completion" in row:
+        prompt, completion = field(row, "prompt"), field(row, "completion")
+    else:
+        prompt, completion, _ = split_pair(row)
+    return join(
+        encode_prompt(tokenizer, prompt, row["where"]),
+        encode_response(tokenizer, prompt, completion, row["where"]),
+    )
+
+
+def stop_ids(model, tokenizer):
+    """Every token that ends a response: the generation config's EOS ids, the tokenizer's, and the chat template's end token."""
+    ids = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id} | set([ids] if isinstance(ids, int) else ids or [])
+    if tokenizer.chat_template is not None:
+        hello = [dict(role="user", content="a")], dict(role="assistant", content="b")
+        try:
+            ids.add(assistant_turn(tokenizer, *hello, where="chat template")[1][-1])
+        except UserError:  # only messages need the template, and they will say so
+            pass
+    return sorted(ids)
+
+
+def keep_short(examples, max_tokens, length, what):
+    """The examples of at most `max_tokens` tokens; says how many were dropped. Raises UserError when none is left."""
+    short = [example for example in examples if length(example) <= max_tokens]
+    if not short:
+        raise UserError(f"all {len(examples)} {what} are longer than {max_tokens} tokens")
+    if len(short) < len(examples):
+        print(f"{len(examples) - len(short)} of {len(examples)} {what} are longer than {max_tokens} tokens: left out")
+    return short
+
+
+@dataclass
+class Batch:
+    """Sequences padded on the right, and where their response tokens are."""
+
+    ids: torch.Tensor  # (B, T) prompt + response
+    lengths: torch.Tensor  # (B,) real tokens
+    tokens: torch.Tensor  # (B, R) response tokens
+    positions: torch.Tensor  # (B, R) where in 0..T-1 each was predicted: one left of it
+    mask: torch.Tensor  # (B, R) 1.0 on real response tokens
+    rows: torch.Tensor  # (B,) which examples of the rollout or data set these are
+
+    def cut(self, x):
+        """This batch's part of a tensor over the whole rollout: (N, R_longest) -> (B, R)."""
+        return x[self.rows, : self.mask.shape[1]]
+
+    def paste(self, x, part):
+        """Write (B, R) into a tensor over the whole rollout, 0 past the end of each response."""
+        x[self.rows, : self.mask.shape[1]] = part * self.mask
+
+
+def collate(examples, rows, device):
+    """The examples `rows`, each (ids, mask), as a Batch.
+
+    One example with prompt 5 6 and response 7 2, mask 0 0 1 1, gives ids [[5, 6, 7, 2]], tokens [[7, 2]] and
+    positions [[1, 2]]: the hidden state at 1 (token 6) predicts the 7.
+    """
+    ids = [examples[row][0] for row in rows]
+    trained = [[i for i, m in enumerate(examples[row][1]) if m] for row in rows]
+    return Batch(
+        ids=pad_right(ids, device),
+        lengths=torch.tensor([len(x) for x in ids], device=device),
+        tokens=pad_right([[x[i] for i in at] for x, at in zip(ids, trained)], device),
+        positions=pad_right([[i - 1 for i in at] for at in trained], device),
+        mask=pad_right([[1.0] * len(at) for at in trained], device),
+        rows=torch.tensor(rows, device=device),
+    )
+
+
+def pad_right(rows, device):
+    """Lists of different lengths -> (B, longest) tensor with zeros on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def micro_batches(lengths, max_tokens, rows=None):
+    """Cut `rows` (default: all) into lists of rows of similar length, each at most `max_tokens` tokens when padded.
+
+    micro_batches([3, 9, 4], 8) -> [[0, 2], [1]]: a single sequence may exceed the budget.
+    """
+    parts = [[]]
+    for row in sorted(range(len(lengths)) if rows is None else rows, key=lambda row: lengths[row]):
+        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > max_tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+# ----------------------------------------------------------------------------------------------
+# Scores
+
+
+def load_function(spec):
+    """`file.py:name` -> the function. Raises UserError. Nothing else is executed from a path."""
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"{spec}: expected file.py:function, and the file to exist")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: fails when loaded ({type(error).__name__}: {error})") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{path}: no function {name}")
+    return getattr(module, name)
+
+
+def function_scorer(spec, tokenizer):
+    """score(prompts, prompt_ids, responses) -> (B,) by a rule `file.py:function` that takes texts: (prompts, responses) -> scores."""
+    function = load_function(spec)
+
+    def score(prompts, prompt_ids, responses):
+        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+        try:
+            scores = torch.tensor([float(s) for s in function(list(prompts), texts)])
+        except Exception as error:
+            raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
+        if len(scores) != len(texts) or not scores.isfinite().all():
+            raise UserError(f"{spec}: expected {len(texts)} finite scores, got {len(scores)}: {scores.tolist()[:8]}")
+        return scores
+
+    return score
+
+
+def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
+    """score(prompts, prompt_ids, responses) -> (B,) by a reward model.
+
+    With the policy's tokenizer it reads the ids; with another one the text, rendered by its own chat template.
+    """
+    same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+    @torch.no_grad()
+    def score(prompts, prompt_ids, responses):
+        if same:
+            examples = [join(p, r) for p, r in zip(prompt_ids, responses)]
+        else:
+            texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+            examples = [
+                join(encode_prompt(reward_tokenizer, p), encode_response(reward_tokenizer, p, text))
+                for p, text in zip(prompts, texts)
+            ]
+        scores = torch.zeros(len(examples))
+        for rows in micro_batches([len(ids) for ids, _ in examples], max_tokens):
+            scores[rows] = sequence_scores(reward, collate(examples, rows, reward.device)).cpu()
+        return scores
+
+    return score
+
+
+# ----------------------------------------------------------------------------------------------
+# The run folder and the command line
+
+
+def write_json(path, value):
+    """Write atomically: whoever looks sees the old file or the new one, whole."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_jsonl(path, rows):
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Run:
+    """A stage's folder: run.json (settings), metrics.jsonl, checkpoints, and at the end the model and eval.json.
+
+    run.begin(model=model, ...)     what a checkpoint holds; a resumed run gets it back here
+    for step in run.steps(total):   resumes, shows progress, checkpoints, stops cleanly on Ctrl-C and SIGTERM
+        run.log(score=..., kl=...)  one line of metrics.jsonl a step
+    run.finish(model, tokenizer, eval)
+    """
+
+    def __init__(self, cfg):
+        """Raises UserError when the folder holds another run and neither --resume nor --overwrite says what to do."""
+        self.cfg, self.out = cfg, Path(cfg.out)
+        self.start, self.stop_signal = 0, None
+        settings = asdict(cfg)
+        for name in ("resume", "overwrite", "save_every", "device"):
+            settings.pop(name)
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out}: a file is in the way")
+        replace = cfg.overwrite and (self.out / "run.json").exists()
+        if self.out.exists() and any(self.out.iterdir()) and not replace:
+            if not cfg.resume or not (self.out / "run.json").exists():
+                raise UserError(
+                    f"--out {self.out} is not empty: continue its run with --resume, replace it with --overwrite, "
+                    "or choose another --out"
+                )
+            before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+            changed = [k for k in settings if before.get(k) != settings[k]]
+            if changed:
+                was = ", ".join(f"--{k} was {before.get(k)!r}" for k in changed)
+                raise UserError(f"--resume {self.out}: the settings differ ({was})")
+            if (self.out / "eval.json").exists():
+                raise UserError(f"--resume {self.out}: this run is finished")
+        self.settings = settings
+
+    def begin(self, **objects):
+        """Write the settings, and put `objects` (models, optimisers, plain dicts) where a resumed run left off, in place.
+
+        They are what a checkpoint holds. Nothing is written before this call: input must be checked by then.
+        """
+        self.tracked = objects
+        if self.cfg.overwrite and (self.out / "run.json").exists():
+            shutil.rmtree(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "run.json", self.settings)
+        found = sorted(self.out.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+        if not found:
+            self.metrics = open(self.out / "metrics.jsonl", "wb")
+            return
+        folder = found[-1]
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        for name, thing in objects.items():
+            if hasattr(thing, "save_pretrained"):
+                saved = type(thing).from_pretrained(folder / name, dtype=thing.dtype)
+                thing.load_state_dict(saved.state_dict())
+            elif isinstance(thing, dict):
+                thing.update(state[name])
+            else:
+                thing.load_state_dict(tensors[name])
+        self.start = state["step"]
+        self.metrics = open(self.out / "metrics.jsonl", "r+b")
+        self.metrics.truncate(state["metrics_bytes"])  # steps past the checkpoint are run again
+        self.metrics.seek(0, os.SEEK_END)
+        print(f"resumed {self.out} after step {self.start}")
+
+    def checkpoint(self, step):
+        """Write checkpoint-STEP under a temporary name, rename it, and only then remove the one before."""
+        folder, temporary = self.out / f"checkpoint-{step}", self.out / "checkpoint.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        state, tensors = dict(step=step, metrics_bytes=self.metrics.tell()), {}
+        for name, thing in self.tracked.items():
+            if hasattr(thing, "save_pretrained"):
+                thing.save_pretrained(temporary / name)
+            elif isinstance(thing, dict):
+                state[name] = thing
+            else:
+                tensors[name] = thing.state_dict()
+        torch.save(tensors, temporary / "state.pt")
+        write_json(temporary / "state.json", state)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        for old in self.out.glob("checkpoint-*[0-9]"):
+            if old != folder:
+                shutil.rmtree(old)
+
+    def steps(self, total):
+        """Yield the step numbers from 1 (or from where a resumed run stopped) to `total`."""
+        first = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(
+            total=total, initial=self.start, disable=None, desc=self.out.name, dynamic_ncols=True
+        )
+        try:
+            for step in range(self.start + 1, total + 1):
+                self.step, self.began = step, time.perf_counter()
+                yield step
+                due = self.cfg.save_every and step % self.cfg.save_every == 0 and step < total
+                if due or self.stop_signal:
+                    self.checkpoint(step)
+                if self.stop_signal:
+                    self.print(f"stopped after step {step}; --resume continues")
+                    raise SystemExit(128 + self.stop_signal)
+        finally:
+            self.bar.close()
+            for number, handler in first.items():
+                signal.signal(number, handler)
+
+    def on_signal(self, number, frame):
+        """The first Ctrl-C or SIGTERM lets the step end and saves; the second one stops at once."""
+        if self.stop_signal:
+            raise SystemExit(128 + number)
+        self.stop_signal = number
+        self.print("stopping after this step (again: at once)")
+
+    def log(self, show, **metrics):
+        """One line of metrics.jsonl; `show` names the few that the progress bar has room for."""
+        row = dict(step=self.step) | metrics
+        row |= dict(seconds=time.perf_counter() - self.began, peak_memory_gib=peak_memory_gib())
+        row = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()}
+        self.metrics.write((json.dumps(row) + "\n").encode())
+        self.metrics.flush()
+        self.bar.update()
+        text = {name: f"{row[name]:.3g}" for name in show}
+        self.bar.set_postfix(text, refresh=False)
+        if self.bar.disable and (self.step % 10 == 0 or self.step in (1, self.bar.total)):
+            self.print(f"{self.out.name} {self.step}/{self.bar.total}  " + "  ".join(f"{k} {v}" for k, v in text.items()))
+
+    def print(self, text):
+        """A line that does not tear the progress bar."""
+        tqdm.write(text)
+
+    def finish(self, model, tokenizer, results):
+        """Save the model and the tokenizer, then eval.json: a stage is finished when that is there."""
+        temporary = self.out / "model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            os.replace(path, self.out / path.name)
+        temporary.rmdir()
+        self.metrics.close()
+        write_json(self.out / "eval.json", results)
+        for old in self.out.glob("checkpoint-*[0-9]"):
+            shutil.rmtree(old)
+
+
+def peak_memory_gib():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def require(cfg, **bounds):
+    """Check flags: require(cfg, lr=(0, None), ...) wants values over the first bound and at most the second. Raises UserError."""
+    for name, (low, high) in bounds.items():
+        value = getattr(cfg, name)
+        if not value > low or (high is not None and value > high):
+            limit = f" and at most {high}" if high is not None else ""
+            raise UserError(f"--{name} {value}: expected over {low}{limit}")
+
+
+def command_line(config_class, main, doc):
+    """Parse the flags of `config_class`, run `main`, and turn a UserError into one line on stderr and exit code 2."""
+    script = Path(sys.argv[0]).name
+    parser = HfArgumentParser(config_class, description=doc.strip().splitlines()[0], allow_abbrev=False)
+
+    def error(message):
+        print(f"{script}: {message} (see {script} --help)", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = error
+    cfg = config_class(**vars(parser.parse_args()))
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        main(cfg)
+    except UserError as problem:
+        print(f"{script}: {problem}", file=sys.stderr)
+        sys.exit(2)

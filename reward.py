@@ -1,0 +1,302 @@
+"""Stage 2, the reward model: human judgements -> r(x, y), a score for any response y to a prompt x.
+
+    python sft.py && python reward.py                                        # the embedded world
+    python reward.py --model Qwen/Qwen3-0.6B --data pairs.jsonl --lr 2e-5    # a real model, your own pairs
+
+Three ways to judge, three losses, all on the score that a linear head reads at the last token:
+
+    pointwise  {"prompt", "response", "score"}     L = E[(r(x,y) - score)^2]
+    pairwise   {"prompt", "chosen", "rejected"}    L = -E[log sigma(r(x,y+) - r(x,y-))]
+    listwise   {"prompt", "responses", "ranks"}    the same, averaged over all C(K,2) pairs of a ranking
+
+As in InstructGPT the K responses of one ranking are forwarded once each, not once a pair; and the saved model is centred: the
+mean score of the best training responses is stored in its config (`reward_mean`) and subtracted wherever this project scores.
+Held-out `accuracy` is the share of response pairs that the model orders as the judge did; a tie counts half.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
+from transformers.hf_argparser import HfArg
+
+import common
+
+EMBEDDED_DATA = dict(pointwise="scores.jsonl", pairwise="pairs.jsonl", listwise="rankings.jsonl")
+
+
+@dataclass
+class Config:
+    # model and data
+    model: str = HfArg(default="out/sft", help="the SFT model: a folder or hub name")
+    loss: Literal["pairwise", "pointwise", "listwise"] = HfArg(default="pairwise", help="what the judgements are")
+    data: str = HfArg(default="", help="judgements, JSONL or JSONL.gz; empty: the embedded ones for --loss")
+    eval_data: str = HfArg(default="", help="held-out judgements; empty: embedded, or the last 5%% of --data")
+    max_length: int = HfArg(default=1024, help="judgements with a longer prompt + response are left out, tokens")
+    # optimisation
+    epochs: float = HfArg(default=1.0, help="passes over the data")
+    steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
+    batch_size: int = HfArg(default=32, help="judgements (points, pairs or rankings) per optimiser step")
+    lr: float = HfArg(default=1e-3, help="peak learning rate; about 2e-5 for a real model")
+    warmup: int = HfArg(default=10, help="optimiser steps of linear warm-up")
+    lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
+    micro_tokens: int = HfArg(default=8192, help="padded tokens per forward; lower it when out of memory")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    # the run
+    out: str = HfArg(default="out/reward", help="folder for the model, settings and metrics")
+    resume: bool = HfArg(default=False, help="continue the run in --out")
+    overwrite: bool = HfArg(default=False, help="replace the run in --out")
+    save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
+    seed: int = HfArg(default=0, help="of the score head and the order of the data")
+    device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    compile: Literal["auto", "on", "off"] = HfArg(
+        default="auto", help="torch.compile the layers; auto: CUDA and over 50M parameters"
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# The three losses of the deck
+
+
+def pointwise_loss(rewards, scores):
+    """Squared error against direct scores: (B,), (B,) -> scalar."""
+    return ((rewards - scores) ** 2).mean()
+
+
+def pairwise_loss(chosen, rejected):
+    """Bradley-Terry: -log sigma(r+ - r-), (B,), (B,) -> scalar."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def listwise_loss(rewards, ranks, mask=None):
+    """Bradley-Terry over all pairs of each ranking (InstructGPT eq. 1): (B, K), (B, K) -> scalar.
+
+    Rank 1 is best, a tie is no pair, and `mask` (B, K) is 0 where a list has fewer than K responses. The mean is over a list's
+    pairs first, then over the lists that have a pair, so that long lists do not outweigh short ones.
+    """
+    better = (ranks[:, :, None] < ranks[:, None, :]).float()  # (B, K, K): i beats j
+    if mask is not None:
+        better = better * mask[:, :, None] * mask[:, None, :]
+    margin = rewards[:, :, None] - rewards[:, None, :]
+    pairs = better.sum((1, 2))  # (B,)
+    per_list = -(F.logsigmoid(margin) * better).sum((1, 2)) / pairs.clamp(min=1)
+    return per_list.sum() / (pairs > 0).sum().clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Judgements: whatever the form, K responses to one prompt and a rank each (or one response and its score)
+
+
+@dataclass
+class Judgement:
+    examples: list  # K of (ids, mask): prompt + response
+    targets: list  # K ranks, 1 is best; for a point, its score
+    form: str  # pointwise | pairwise | listwise
+
+
+def encode(tokenizer, row):
+    """One line of data as a Judgement. Raises common.UserError naming the line and the key."""
+    where = row["where"]
+    if "chosen" in row:
+        prompt, *responses = common.split_pair(row)
+        targets, form = [1, 2], "pairwise"
+    elif "responses" in row:
+        prompt, responses, targets = common.field(row, "prompt"), row["responses"], row.get("ranks")
+        form = "listwise"
+        whole = isinstance(targets, list) and all(type(rank) is int and rank >= 1 for rank in targets)
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise common.UserError(f'{where}: "responses" must be a list of at least two')
+        if not whole or len(targets) != len(responses):
+            raise common.UserError(f'{where}: "ranks" must be {len(responses)} whole numbers from 1, one a response')
+        responses = [common.field(dict(response=r, where=where), "response") for r in responses]
+    else:
+        prompt, responses, targets = common.field(row, "prompt"), [common.field(row, "response")], [row.get("score")]
+        form = "pointwise"
+        if not isinstance(targets[0], (int, float)) or not math.isfinite(targets[0]):
+            raise common.UserError(f'{where}: "score" must be a finite number')
+    prompt_ids = common.encode_prompt(tokenizer, prompt, where)
+    examples = [common.join(prompt_ids, common.encode_response(tokenizer, prompt, r, where)) for r in responses]
+    return Judgement(examples, targets, form)
+
+
+def load_judgements(cfg, tokenizer):
+    """Training and held-out judgements; the training ones must fit --loss."""
+    data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
+    rows = common.read_split(data, cfg.eval_data, common.EMBEDDED / "eval_pairs.jsonl")
+    splits = []
+    for part in rows:
+        judgements = [encode(tokenizer, row) for row in part]
+        for row, judgement in zip(part, judgements):
+            if part is rows[0] and judgement.form != cfg.loss:
+                raise common.UserError(f'{row["where"]}: {judgement.form} data, but --loss is {cfg.loss}')
+        # A ranking of ties orders nothing.
+        judgements = [j for j in judgements if j.form == "pointwise" or len(set(j.targets)) > 1]
+        longest = lambda judgement: max(len(ids) for ids, _ in judgement.examples)  # noqa: E731
+        splits.append(common.keep_short(judgements, cfg.max_length, longest, "judgements"))
+    return splits
+
+
+def forward(model, judgements):
+    """Score every response of some judgements: rewards, targets and mask, each (B, K) with K the longest list."""
+    examples = [example for judgement in judgements for example in judgement.examples]
+    batch = common.collate(examples, range(len(examples)), model.device)
+    scores = common.sequence_scores(model, batch)  # (B * K,) where all lists are as long
+    K = max(len(judgement.targets) for judgement in judgements)
+    targets = common.pad_right([j.targets for j in judgements], model.device).float()
+    mask = common.pad_right([[1.0] * len(j.targets) for j in judgements], model.device)
+    rewards = torch.zeros(len(judgements), K, device=model.device).masked_scatter(mask.bool(), scores)
+    return rewards, targets, mask
+
+
+def reward_loss(form, rewards, targets, mask):
+    if form == "pointwise":
+        return pointwise_loss(rewards[:, 0], targets[:, 0])
+    if form == "pairwise":
+        return pairwise_loss(rewards[:, 0], rewards[:, 1])
+    return listwise_loss(rewards, targets, mask)
+
+
+def micro_batches(judgements, micro_tokens, rows=None):
+    """Rows of judgements whose padded tokens fit the budget; a judgement's responses stay together, since its loss needs all."""
+    tokens = [max(len(ids) for ids, _ in j.examples) * len(j.examples) for j in judgements]
+    return common.micro_batches(tokens, micro_tokens, rows)
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, judgements, micro_tokens):
+    """Held-out accuracy with its 95% interval, and the loss of the data's own form."""
+    right = pairs = loss = 0.0
+    points = []
+    for rows in micro_batches(judgements, micro_tokens):
+        part = [judgements[row] for row in rows]
+        rewards, targets, mask = forward(model, part)
+        loss += reward_loss(part[0].form, rewards, targets, mask).item() * len(part)
+        for row in range(len(part)):
+            K = len(part[row].targets)
+            if part[0].form == "pointwise":  # a higher score is better, a lower rank is
+                points.append((rewards[row, 0].item(), -targets[row, 0].item()))
+            else:
+                counts = ordered_right(list(zip(rewards[row, :K].tolist(), targets[row, :K].tolist())))
+                right, pairs = right + counts[0], pairs + counts[1]
+    if points:
+        right, pairs = ordered_right(points)
+    accuracy = right / pairs if pairs else float("nan")
+    low, high = wilson_interval(accuracy, len(judgements))
+    return dict(accuracy=accuracy, interval=[low, high], loss=loss / len(judgements), n=len(judgements))
+
+
+def ordered_right(items):
+    """[(reward, rank), ...] -> (pairs in which the better rank has the higher reward, pairs); equal rewards count half."""
+    right = pairs = 0
+    for (reward_a, rank_a), (reward_b, rank_b) in combinations(items, 2):
+        if rank_a != rank_b:
+            pairs += 1
+            right += 0.5 if reward_a == reward_b else (reward_a > reward_b) == (rank_a < rank_b)
+    return right, pairs
+
+
+def wilson_interval(p, n, z=1.96):
+    """95% interval of a proportion `p` seen in `n` independent lines (Wilson 1927)."""
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+def new_reward_model(path, tokenizer, device, seed):
+    """A causal LM's backbone with a fresh score head.
+
+    The tokenizer gets a pad token that is not EOS: plain transformers pools at the last token that is not pad, which must be EOS.
+    """
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens) if t]
+        spare = [t for t in spare if t != tokenizer.eos_token]
+        if not spare:
+            raise common.UserError(f"{path}: no special token but EOS, so none is left to pad with")
+        tokenizer.pad_token = spare[0]
+    model = common.load_model(AutoModelForSequenceClassification, path, device, torch.float32, num_labels=1)
+    if not hasattr(model, "score"):
+        raise common.UserError(f"{path}: {common.architecture(model)} is no causal language model to build on")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    hidden = model.score.weight.shape[1]
+    generator = common.make_generator("cpu", seed, "head")
+    # N(0, 1 / (d + 1)), as in Ziegler et al. 2019: scores start near 0 whatever the width.
+    model.score.weight.data.copy_(torch.randn(1, hidden, generator=generator) / math.sqrt(hidden + 1))
+    model.scores_tokens = True
+    return model
+
+
+@torch.no_grad()
+def mean_of_best(model, judgements, micro_tokens):
+    """Mean score of each judgement's best response: the zero of the reward scale, as InstructGPT's demonstrations are."""
+    total = 0.0
+    for rows in micro_batches(judgements, micro_tokens):
+        rewards, targets, mask = forward(model, [judgements[row] for row in rows])
+        best = targets.masked_fill(mask == 0, torch.inf).argmin(1)  # rank 1; a point has one response
+        total += common.take(rewards, best[:, None]).sum().item()
+    return total / len(judgements)
+
+
+def check(cfg):
+    common.require(
+        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
+        max_grad_norm=(0, None), micro_tokens=(0, None), max_length=(1, None), save_every=(-1, None),
+    )  # fmt: skip
+
+
+def main(cfg):
+    check(cfg)
+    device = common.choose_device(cfg.device)
+    run = common.Run(cfg)
+    tokenizer = common.load_tokenizer(cfg.model)
+    judgements, eval_judgements = load_judgements(cfg, tokenizer)
+    model = new_reward_model(cfg.model, tokenizer, device, cfg.seed)
+
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    common.compile_layers(model, cfg.compile)
+    optimizer = common.make_adamw(model, cfg.lr)
+    run.begin(model=model, optimizer=optimizer)
+
+    steps = math.ceil(cfg.epochs * len(judgements) / cfg.batch_size)
+    steps = min(steps, cfg.steps or steps)
+    print(
+        f"Reward model: {model.num_parameters() / 1e6:.1f}M parameters on {device}, {cfg.loss}, "
+        f"{len(judgements)} judgements, {steps} steps of {cfg.batch_size}"
+    )
+
+    for step in run.steps(steps):
+        rows = common.epoch_batch(len(judgements), cfg.batch_size, step, cfg.seed)
+        loss = torch.zeros((), device=device)
+        for part in micro_batches(judgements, cfg.micro_tokens, rows):
+            rewards, targets, mask = forward(model, [judgements[row] for row in part])
+            # The mean over the batch, whatever the micro-batches: a judgement weighs 1 / batch_size.
+            micro_loss = reward_loss(cfg.loss, rewards, targets, mask) * len(part) / len(rows)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+
+        lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr)
+
+    model.config.reward_mean = mean_of_best(model, judgements[:500], cfg.micro_tokens)
+    results = evaluate(model, eval_judgements, cfg.micro_tokens)
+    low, high = results["interval"]
+    print(
+        f"held-out accuracy {results['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {results['n']}), "
+        f"loss {results['loss']:.3f}"
+    )
+    run.finish(model, tokenizer, results)
+
+
+if __name__ == "__main__":
+    common.command_line(Config, main, __doc__)

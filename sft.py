@@ -1,0 +1,176 @@
+"""Stage 1, supervised fine-tuning: demonstrations -> a model that answers.
+
+    python sft.py                                                     # the embedded world, a model made from nothing
+    python sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --lr 1e-5   # a real model, your own demonstrations
+
+Maximises the log-likelihood of the demonstrated response y to the prompt x, its EOS included and the prompt excluded:
+
+    L = - sum_t log pi(y_t | x, y_<t) / (number of response tokens in the batch)
+
+A line of data is {"prompt", "completion"}, {"messages"} (every assistant turn is learned) or {"prompt", "chosen", ...}.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
+
+import common
+
+
+@dataclass
+class Config:
+    # model and data
+    model: str = HfArg(default="", help="model folder or hub name; empty: a small one made from nothing")
+    data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="demonstrations, JSONL or JSONL.gz")
+    eval_data: str = HfArg(default="", help="held-out demonstrations; empty: embedded, or the last 5%% of --data")
+    max_length: int = HfArg(default=1024, help="longer demonstrations are left out, tokens")
+    # optimisation
+    epochs: float = HfArg(default=4.0, help="passes over the data")
+    steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
+    batch_size: int = HfArg(default=64, help="demonstrations per optimiser step")
+    lr: float = HfArg(default=2e-3, help="peak learning rate; about 1e-5 for a real model")
+    warmup: int = HfArg(default=20, help="optimiser steps of linear warm-up")
+    lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
+    micro_tokens: int = HfArg(default=8192, help="padded tokens per forward; lower it when out of memory")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    # the run
+    out: str = HfArg(default="out/sft", help="folder for the model, settings and metrics")
+    resume: bool = HfArg(default=False, help="continue the run in --out")
+    overwrite: bool = HfArg(default=False, help="replace the run in --out")
+    save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
+    seed: int = HfArg(default=0, help="of the initial weights and the order of the data")
+    device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    compile: Literal["auto", "on", "off"] = HfArg(
+        default="auto", help="torch.compile the layers; auto: CUDA and over 50M parameters"
+    )
+
+
+def check(cfg):
+    common.require(
+        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
+        max_grad_norm=(0, None), micro_tokens=(0, None), max_length=(1, None), save_every=(-1, None),
+    )  # fmt: skip
+
+
+def new_tokenizer(texts, vocab_size=1024):
+    """A byte-level BPE tokenizer trained on `texts`. A prompt gets <bos>; a response is what follows, up to <eos>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no text is unknown
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    wrapped.chat_template = (
+        "{% for m in messages %}"
+        "{{ m.content + eos_token if m.role == 'assistant' else bos_token + m.content }}"
+        "{% endfor %}"
+    )
+    return wrapped
+
+
+def new_model(tokenizer, seed):
+    """A small Llama (about 1M parameters) with random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def evaluate(model, examples, micro_tokens):
+    """Mean negative log-likelihood of the response tokens, in nats."""
+    total = tokens = 0.0
+    for rows in common.micro_batches([len(ids) for ids, _ in examples], micro_tokens):
+        batch = common.collate(examples, rows, model.device)
+        logprobs, _ = common.response_logprobs(model, batch)  # (b, R)
+        total -= (logprobs * batch.mask).sum().item()
+        tokens += batch.mask.sum().item()
+    return total / tokens
+
+
+def main(cfg):
+    check(cfg)
+    device = common.choose_device(cfg.device)
+    run = common.Run(cfg)
+    train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, common.EMBEDDED / "eval_sft.jsonl")
+
+    if cfg.model:
+        tokenizer = common.load_tokenizer(cfg.model)
+        model = common.load_policy(cfg.model, device)
+    else:
+        texts = [text for row in train_rows for text in row.values() if isinstance(text, str)]
+        tokenizer = new_tokenizer(texts)
+        model = new_model(tokenizer, cfg.seed).to(device)
+
+    def encode(rows):
+        examples = [common.demonstration(tokenizer, row) for row in rows]
+        return common.keep_short(examples, cfg.max_length, lambda example: len(example[0]), "demonstrations")
+
+    examples, eval_examples = encode(train_rows), encode(eval_rows)
+
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    common.compile_layers(model, cfg.compile)
+    optimizer = common.make_adamw(model, cfg.lr)
+    run.begin(model=model, optimizer=optimizer)
+
+    steps = math.ceil(cfg.epochs * len(examples) / cfg.batch_size)
+    steps = min(steps, cfg.steps or steps)
+    tokens = sum(sum(mask) for _, mask in examples)
+    print(
+        f"SFT: {model.num_parameters() / 1e6:.1f}M parameters on {device}, {len(examples)} demonstrations "
+        f"({tokens} response tokens), {steps} steps of {cfg.batch_size}"
+    )
+
+    for step in run.steps(steps):
+        rows = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
+        batch_tokens = sum(sum(examples[row][1]) for row in rows)
+        loss = torch.zeros((), device=device)
+        for part in common.micro_batches([len(ids) for ids, _ in examples], cfg.micro_tokens, rows):
+            batch = common.collate(examples, part, device)
+            logprobs, _ = common.response_logprobs(model, batch)  # (b, R)
+            # Every token of the whole batch weighs the same, however the batch is cut.
+            micro_loss = -(logprobs * batch.mask).sum() / batch_tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+
+        lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, tokens=batch_tokens)
+
+    loss = evaluate(model, eval_examples, cfg.micro_tokens)
+    print(f"held-out loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f}), {len(eval_examples)} demonstrations")
+    run.finish(model, tokenizer, dict(loss=loss, perplexity=math.exp(loss), n=len(eval_examples)))
+
+
+if __name__ == "__main__":
+    common.command_line(Config, main, __doc__)
