@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,8 +46,8 @@ EMBEDDED = Path(__file__).parent / "data"  # the small HHH world that every stag
 
 def token_logprobs(logits, tokens, temperature=1.0):
     """log softmax(logits / temperature) at `tokens`: (..., V), (...) -> (...), always in float32."""
-    logits = logits.float() / temperature
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    return log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def masked_mean(x, mask):
@@ -428,32 +429,35 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def response_logprobs(model, batch, temperature=1.0):
-    """Log-probs of the response tokens, and the entropy (no gradient) where each was chosen: two (B, R) float32 tensors.
+def response_logprobs(model, batch, temperature=1.0, entropy=False):
+    """Log-probs of the response tokens, (B, R) float32, 0 past the end of each response; with `entropy` also that, the same shape.
 
-    Only response positions reach the LM head, 1,024 at a time and recomputed in the backward pass, so that the (B, T, V)
-    float32 logits never exist. Entries past a response are meaningless: mask them.
+    Only real response tokens reach the LM head, 1,024 at a time and recomputed in the backward pass, so that the (B, T, V)
+    float32 logits never exist.
     """
+    row, column = batch.real  # (N,) each
     with autocast(batch.ids.device):
-        hidden = take(hidden_states(model, batch.ids), batch.positions)  # (B, R, d)
-        head = lm_head(model)
-        chunks = zip(hidden.flatten(0, 1).split(1024), batch.tokens.flatten().split(1024))
-        if batch.tokens.numel() <= 1024:  # a single chunk has nothing to save
-            parts = [head_logprobs(head, h, t, temperature) for h, t in chunks]
-        else:
-            parts = [checkpoint(head_logprobs, head, h, t, temperature, use_reentrant=False) for h, t in chunks]
-    logprobs, entropy = (torch.cat(part).view(batch.tokens.shape) for part in zip(*parts))
-    return logprobs, entropy
+        hidden = hidden_states(model, batch.ids)[row, batch.positions[row, column]]  # (N, d)
+        tokens = batch.tokens[row, column]
+        run = head_logprobs
+        if torch.is_grad_enabled() and len(tokens) > 1024:  # a single chunk has nothing to save
+            run = partial(checkpoint, head_logprobs, use_reentrant=False)
+        chunks = zip(hidden.split(1024), tokens.split(1024))
+        parts = [run(lm_head(model), h, t, temperature, entropy) for h, t in chunks]
+    padded = []
+    for part in zip(*parts):
+        padded.append(torch.zeros_like(batch.mask).index_put(batch.real, torch.cat(part)))
+    return tuple(padded) if entropy else padded[0]
 
 
-def head_logprobs(head, hidden, tokens, temperature):
-    """(N, d) hidden states and the (N,) tokens that followed -> their log-probs (N,) and the entropies (N,)."""
+def head_logprobs(head, hidden, tokens, temperature, entropy):
+    """(N, d) hidden states and the (N,) tokens that followed -> their log-probs (N,) and, if asked, the entropies (N,)."""
     logits = head(hidden).float()  # (N, V)
     logprobs = token_logprobs(logits, tokens, temperature)
-    with torch.no_grad():
-        log_p = (logits / temperature).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    return logprobs, entropy
+    if not entropy:
+        return (logprobs,)
+    log_p = (logits / temperature).log_softmax(-1)
+    return logprobs, -(log_p.exp() * log_p).sum(-1)
 
 
 def token_scores(model, ids):
@@ -478,6 +482,11 @@ def sequence_scores(model, batch):
     return logits.squeeze(-1).float() - getattr(model.config, "reward_mean", 0.0)
 
 
+def micro_tokens(cfg, device):
+    """Padded tokens a forward may hold. The CPU gains nothing from large batches and loses by their padding."""
+    return cfg.micro_tokens or (16384 if device.type == "cuda" else 512)
+
+
 def take(x, positions):
     """Row-wise x[b, positions[b]]: (B, T, ...), (B, R) -> (B, R, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], positions]
@@ -498,8 +507,7 @@ def compile_layers(model, mode):
 
 def make_adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = model.device.type == "cuda"
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def set_lr(optimizer, lr, step, steps, warmup, schedule):
@@ -738,6 +746,7 @@ class Batch:
     tokens: torch.Tensor  # (B, R) response tokens
     positions: torch.Tensor  # (B, R) where in 0..T-1 each was predicted: one left of it
     mask: torch.Tensor  # (B, R) 1.0 on real response tokens
+    real: tuple  # (N,) rows and (N,) columns of the N real response tokens in the (B, R) tensors
     rows: torch.Tensor  # (B,) which examples of the rollout or data set these are
 
     def cut(self, x):
@@ -763,6 +772,10 @@ def collate(examples, rows, device):
         tokens=pad_right([[x[i] for i in at] for x, at in zip(ids, trained)], device),
         positions=pad_right([[i - 1 for i in at] for at in trained], device),
         mask=pad_right([[1.0] * len(at) for at in trained], device),
+        real=(
+            torch.tensor([row for row, at in enumerate(trained) for _ in at], device=device),
+            torch.tensor([column for at in trained for column in range(len(at))], device=device),
+        ),
         rows=torch.tensor(rows, device=device),
     )
 

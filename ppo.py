@@ -86,7 +86,9 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm, policy and value apart")
     ptx_coef: float = HfArg(default=0.0, help="PPO-ptx: weight of the SFT loss in the policy's loss")
     ptx_data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="PPO-ptx: demonstrations")
-    micro_tokens: int = HfArg(default=8192, help="padded tokens per forward; lower it when out of memory")
+    micro_tokens: int = HfArg(
+        default=0, help="padded tokens per forward, lower when out of memory; 0: 16,384 on CUDA, 512 on the CPU"
+    )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
     # the run
     out: str = HfArg(default="out/ppo", help="folder for the policy, settings, metrics and samples")
@@ -174,7 +176,7 @@ def check(cfg):
         kl_coef=(-1e-9, None), kl_target=(-1e-9, None), kl_horizon=(0, None), gamma=(0, 1), lam=(-1e-9, 1),
         ppo_epochs=(0, None), minibatches=(0, cfg.batch_size), lr=(0, None), value_lr=(0, None), warmup=(-1, None),
         cliprange=(0, 1), cliprange_value=(0, None), beta=(0, None), beta_target=(0, None), stop_kl=(-1e-9, None),
-        max_grad_norm=(0, None), ptx_coef=(-1e-9, None), micro_tokens=(0, None), save_every=(-1, None),
+        max_grad_norm=(0, None), ptx_coef=(-1e-9, None), micro_tokens=(-1, None), save_every=(-1, None),
         sample_every=(-1, None), trace=(-1, None), max_prompt_tokens=(0, None), missing_eos_penalty=(-1e-9, None),
     )  # fmt: skip
     if cfg.batch_size % cfg.minibatches:
@@ -232,7 +234,7 @@ def load_value(cfg, device, tokenizer, reward):
 
 
 @torch.no_grad()
-def evaluate(policy, ref, prompts, tokenizer, eos, score, gold, cfg):
+def evaluate(policy, ref, prompts, tokenizer, eos, score, gold, cfg, micro_tokens):
     """Answer `prompts` with a fixed seed: texts, scores (before any penalty), gold scores, and the mean KL, nats a response."""
     ids = [prompt["ids"] for prompt in prompts]
     generator = common.make_generator(policy.device, cfg.seed, "evaluate")
@@ -242,10 +244,10 @@ def evaluate(policy, ref, prompts, tokenizer, eos, score, gold, cfg):
     texts = [prompt["prompt"] for prompt in prompts]
     examples = [common.join(p, r) for p, r in zip(ids, responses)]
     kl = 0.0
-    for rows in common.micro_batches([len(x) for x, _ in examples], cfg.micro_tokens):
+    for rows in common.micro_batches([len(x) for x, _ in examples], micro_tokens):
         batch = common.collate(examples, rows, policy.device)
-        logprobs, _ = common.response_logprobs(policy, batch, cfg.temperature)  # (b, R)
-        ref_logprobs, _ = common.response_logprobs(ref, batch, cfg.temperature)
+        logprobs = common.response_logprobs(policy, batch, cfg.temperature)  # (b, R)
+        ref_logprobs = common.response_logprobs(ref, batch, cfg.temperature)
         kl += ((logprobs - ref_logprobs) * batch.mask).sum().item() / len(prompts)
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
@@ -305,15 +307,15 @@ def trace_table(tokenizer, response, columns):
     return "\n".join(lines)
 
 
-def ptx_backward(policy, examples, rows, cfg):
+def ptx_backward(policy, examples, rows, ptx_coef, micro_tokens):
     """PPO-ptx (InstructGPT): add the gradient of ptx_coef times the SFT loss on some demonstrations; returns that loss."""
     tokens = sum(sum(examples[row][1]) for row in rows)
     loss = 0
-    for part in common.micro_batches([len(ids) for ids, _ in examples], cfg.micro_tokens, rows):
+    for part in common.micro_batches([len(ids) for ids, _ in examples], micro_tokens, rows):
         batch = common.collate(examples, part, policy.device)
-        logprobs, _ = common.response_logprobs(policy, batch)  # (b, R), at temperature 1 as in sft.py
+        logprobs = common.response_logprobs(policy, batch)  # (b, R), at temperature 1 as in sft.py
         micro_loss = -(logprobs * batch.mask).sum() / tokens
-        (cfg.ptx_coef * micro_loss).backward()
+        (ptx_coef * micro_loss).backward()
         loss += micro_loss.detach()
     return loss
 
@@ -329,6 +331,8 @@ def main(cfg):
     embedded = Path(cfg.data).parent == common.EMBEDDED
     make_missing_stages(cfg)
 
+    micro_tokens = common.micro_tokens(cfg, device)
+
     # The four models. Trained ones keep float32 weights; frozen ones, and the policy's copy that samples, are bfloat16 on a GPU.
     frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = common.load_tokenizer(cfg.policy)
@@ -338,7 +342,7 @@ def main(cfg):
         reward, score = None, common.function_scorer(cfg.reward_fn, tokenizer)
     else:
         reward = common.load_reward(cfg.reward, device, frozen).requires_grad_(False)
-        score = common.model_scorer(reward, common.load_tokenizer(cfg.reward), tokenizer, cfg.micro_tokens)
+        score = common.model_scorer(reward, common.load_tokenizer(cfg.reward), tokenizer, micro_tokens)
     value = load_value(cfg, device, tokenizer, reward)
     gold_fn = cfg.gold_fn or (f"{common.EMBEDDED / 'hhh.py'}:gold_score" if embedded else "")
     gold = common.function_scorer(gold_fn, tokenizer) if gold_fn else None
@@ -359,7 +363,7 @@ def main(cfg):
     value_optimizer = common.make_adamw(value, cfg.value_lr)
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
 
-    before = evaluate(policy, ref, eval_prompts, tokenizer, eos, score, gold, cfg)
+    before = evaluate(policy, ref, eval_prompts, tokenizer, eos, score, gold, cfg, micro_tokens)
     run.begin(
         policy=policy, value=value, policy_optimizer=policy_optimizer, value_optimizer=value_optimizer, coefs=coefs
     )
@@ -401,7 +405,7 @@ def main(cfg):
         minibatches = [
             [
                 common.collate(examples, rows, device)
-                for rows in common.micro_batches(lengths, cfg.micro_tokens, order[start : start + size])
+                for rows in common.micro_batches(lengths, micro_tokens, order[start : start + size])
             ]
             for start in range(0, cfg.batch_size, size)
         ]
@@ -416,10 +420,10 @@ def main(cfg):
         with torch.no_grad():
             for batch in [batch for minibatch in minibatches for batch in minibatch]:
                 batch.paste(mask, batch.mask)
-                old, old_entropy = common.response_logprobs(policy, batch, cfg.temperature)
+                old, old_entropy = common.response_logprobs(policy, batch, cfg.temperature, entropy=True)
                 batch.paste(logprobs, old)
                 batch.paste(entropy, old_entropy)
-                batch.paste(ref_logprobs, common.response_logprobs(ref, batch, cfg.temperature)[0])
+                batch.paste(ref_logprobs, common.response_logprobs(ref, batch, cfg.temperature))
                 batch.paste(values, common.response_values(value, batch))
 
         # 3. Advantages.
@@ -451,7 +455,7 @@ def main(cfg):
 
                 for batch in minibatch:
                     share = batch.mask.sum() / tokens  # real tokens weigh the same in every micro-batch
-                    new_logprobs, _ = common.response_logprobs(policy, batch, cfg.temperature)
+                    new_logprobs = common.response_logprobs(policy, batch, cfg.temperature)
                     pg_loss, pg_stats = policy_loss(
                         new_logprobs, batch.cut(logprobs), batch.cut(policy_advantages), batch.mask,
                         cfg.objective, cfg.cliprange, coefs["beta"],
@@ -462,7 +466,7 @@ def main(cfg):
                 if cfg.ptx_coef:
                     done = (step - 1) * epochs * cfg.minibatches + len(history)
                     rows = common.epoch_batch(len(ptx_examples), size, done + 1, cfg.seed)
-                    stats["ptx_loss"] = ptx_backward(policy, ptx_examples, rows, cfg)
+                    stats["ptx_loss"] = ptx_backward(policy, ptx_examples, rows, cfg.ptx_coef, micro_tokens)
                 stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                 policy_optimizer.step()
                 policy_optimizer.zero_grad()
@@ -532,7 +536,7 @@ def main(cfg):
             columns["return"] = columns.pop("ret")
             run.print(f"step {step}: {str(texts[0])[-200:]}\n" + trace_table(tokenizer, responses[0], columns))
 
-    after = evaluate(policy, ref, eval_prompts, tokenizer, eos, score, gold, cfg)
+    after = evaluate(policy, ref, eval_prompts, tokenizer, eos, score, gold, cfg, micro_tokens)
     results = compare(eval_prompts, before, after, gold)
     common.write_jsonl(run.out / "samples.jsonl", [
         dict(prompt=p["prompt"], before=b, after=a, score_before=s, score_after=t)

@@ -45,7 +45,9 @@ class Config:
     warmup: int = HfArg(default=10, help="optimiser steps of linear warm-up")
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
-    micro_tokens: int = HfArg(default=8192, help="padded tokens per forward; lower it when out of memory")
+    micro_tokens: int = HfArg(
+        default=0, help="padded tokens per forward, lower when out of memory; 0: 16,384 on CUDA, 512 on the CPU"
+    )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
     # the run
     out: str = HfArg(default="out/reward", help="folder for the model, settings and metrics")
@@ -247,7 +249,7 @@ def mean_of_best(model, judgements, micro_tokens):
 def check(cfg):
     common.require(
         cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
-        max_grad_norm=(0, None), micro_tokens=(0, None), max_length=(1, None), save_every=(-1, None),
+        max_grad_norm=(0, None), micro_tokens=(-1, None), max_length=(1, None), save_every=(-1, None),
     )  # fmt: skip
 
 
@@ -265,6 +267,7 @@ def main(cfg):
     optimizer = common.make_adamw(model, cfg.lr)
     run.begin(model=model, optimizer=optimizer)
 
+    micro_tokens = common.micro_tokens(cfg, device)
     steps = math.ceil(cfg.epochs * len(judgements) / cfg.batch_size)
     steps = min(steps, cfg.steps or steps)
     print(
@@ -275,7 +278,7 @@ def main(cfg):
     for step in run.steps(steps):
         rows = common.epoch_batch(len(judgements), cfg.batch_size, step, cfg.seed)
         loss = torch.zeros((), device=device)
-        for part in micro_batches(judgements, cfg.micro_tokens, rows):
+        for part in micro_batches(judgements, micro_tokens, rows):
             rewards, targets, mask = forward(model, [judgements[row] for row in part])
             # The mean over the batch, whatever the micro-batches: a judgement weighs 1 / batch_size.
             micro_loss = reward_loss(cfg.loss, rewards, targets, mask) * len(part) / len(rows)
@@ -288,8 +291,8 @@ def main(cfg):
         optimizer.zero_grad()
         run.log(("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr)
 
-    model.config.reward_mean = mean_of_best(model, judgements[:500], cfg.micro_tokens)
-    results = evaluate(model, eval_judgements, cfg.micro_tokens)
+    model.config.reward_mean = mean_of_best(model, judgements[:500], micro_tokens)
+    results = evaluate(model, eval_judgements, micro_tokens)
     low, high = results["interval"]
     print(
         f"held-out accuracy {results['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {results['n']}), "

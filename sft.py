@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
@@ -32,12 +32,14 @@ class Config:
     # optimisation
     epochs: float = HfArg(default=4.0, help="passes over the data")
     steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
-    batch_size: int = HfArg(default=64, help="demonstrations per optimiser step")
-    lr: float = HfArg(default=2e-3, help="peak learning rate; about 1e-5 for a real model")
+    batch_size: int = HfArg(default=32, help="demonstrations per optimiser step")
+    lr: float = HfArg(default=5e-3, help="peak learning rate; about 1e-5 for a real model")
     warmup: int = HfArg(default=20, help="optimiser steps of linear warm-up")
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
-    micro_tokens: int = HfArg(default=8192, help="padded tokens per forward; lower it when out of memory")
+    micro_tokens: int = HfArg(
+        default=0, help="padded tokens per forward, lower when out of memory; 0: 16,384 on CUDA, 512 on the CPU"
+    )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
     # the run
     out: str = HfArg(default="out/sft", help="folder for the model, settings and metrics")
@@ -54,14 +56,20 @@ class Config:
 def check(cfg):
     common.require(
         cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
-        max_grad_norm=(0, None), micro_tokens=(0, None), max_length=(1, None), save_every=(-1, None),
+        max_grad_norm=(0, None), micro_tokens=(-1, None), max_length=(1, None), save_every=(-1, None),
     )  # fmt: skip
 
 
-def new_tokenizer(texts, vocab_size=1024):
+def new_tokenizer(texts, vocab_size=2048):
     """A byte-level BPE tokenizer trained on `texts`. A prompt gets <bos>; a response is what follows, up to <eos>."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Chinese has no spaces: each character is a word, or BPE would merge whole sentences into tokens of no use elsewhere.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<bos>", "<eos>"]
     trainer = trainers.BpeTrainer(
@@ -84,16 +92,17 @@ def new_tokenizer(texts, vocab_size=1024):
 
 
 def new_model(tokenizer, seed):
-    """A small Llama (about 1M parameters) with random weights."""
+    """A small Llama (about 0.6M parameters) with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.08,  # the usual 0.02 is for wide models, and learns slowly here
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -109,7 +118,7 @@ def evaluate(model, examples, micro_tokens):
     total = tokens = 0.0
     for rows in common.micro_batches([len(ids) for ids, _ in examples], micro_tokens):
         batch = common.collate(examples, rows, model.device)
-        logprobs, _ = common.response_logprobs(model, batch)  # (b, R)
+        logprobs = common.response_logprobs(model, batch)  # (b, R)
         total -= (logprobs * batch.mask).sum().item()
         tokens += batch.mask.sum().item()
     return total / tokens
@@ -141,6 +150,7 @@ def main(cfg):
     optimizer = common.make_adamw(model, cfg.lr)
     run.begin(model=model, optimizer=optimizer)
 
+    micro_tokens = common.micro_tokens(cfg, device)
     steps = math.ceil(cfg.epochs * len(examples) / cfg.batch_size)
     steps = min(steps, cfg.steps or steps)
     tokens = sum(sum(mask) for _, mask in examples)
@@ -153,9 +163,9 @@ def main(cfg):
         rows = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
         batch_tokens = sum(sum(examples[row][1]) for row in rows)
         loss = torch.zeros((), device=device)
-        for part in common.micro_batches([len(ids) for ids, _ in examples], cfg.micro_tokens, rows):
+        for part in common.micro_batches([len(ids) for ids, _ in examples], micro_tokens, rows):
             batch = common.collate(examples, part, device)
-            logprobs, _ = common.response_logprobs(model, batch)  # (b, R)
+            logprobs = common.response_logprobs(model, batch)  # (b, R)
             # Every token of the whole batch weighs the same, however the batch is cut.
             micro_loss = -(logprobs * batch.mask).sum() / batch_tokens
             micro_loss.backward()
@@ -167,7 +177,7 @@ def main(cfg):
         optimizer.zero_grad()
         run.log(("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, tokens=batch_tokens)
 
-    loss = evaluate(model, eval_examples, cfg.micro_tokens)
+    loss = evaluate(model, eval_examples, micro_tokens)
     print(f"held-out loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f}), {len(eval_examples)} demonstrations")
     run.finish(model, tokenizer, dict(loss=loss, perplexity=math.exp(loss), n=len(eval_examples)))
 
