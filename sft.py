@@ -92,12 +92,12 @@ def new_tokenizer(texts, vocab_size=2048):
 
 
 def new_model(tokenizer, seed):
-    """A small Llama (about 0.6M parameters) with random weights."""
+    """A small Llama (about 0.8M parameters) with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
