@@ -57,14 +57,14 @@ class Config:
     gold_fn: str = HfArg(default="", help="file.py:function, a judge for evaluation only; empty: the embedded world's")
     max_prompt_tokens: int = HfArg(default=512, help="longer prompts are left out")
     # 1 sample
-    steps: int = HfArg(default=60, help="PPO steps")
+    steps: int = HfArg(default=40, help="PPO steps")
     batch_size: int = HfArg(default=128, help="episodes a step")
     max_new_tokens: int = HfArg(default=48, help="longest response, tokens")
     temperature: float = HfArg(default=1.0, help="of the policy, in sampling and in every log-prob")
     slots: int = HfArg(default=256, help="sequences generated at once")
     # 2 score
     missing_eos_penalty: float = HfArg(default=1.0, help="taken off the score of a response cut at the limit")
-    kl_coef: float = HfArg(default=0.05, help="reward per nat away from the reference")
+    kl_coef: float = HfArg(default=0.3, help="reward lost per nat away from the reference; often 0.05")
     kl_target: float = HfArg(default=0.0, help="adapt kl_coef to this KL, nats a response; 0: fixed")
     kl_horizon: int = HfArg(default=10000, help="episodes over which kl_coef adapts")
     # 3 advantages
@@ -95,7 +95,7 @@ class Config:
     resume: bool = HfArg(default=False, help="continue the run in --out")
     overwrite: bool = HfArg(default=False, help="replace the run in --out")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0: only when stopped")
-    sample_every: int = HfArg(default=20, help="steps between two decoded samples; 0: none")
+    sample_every: int = HfArg(default=10, help="steps between two decoded samples; 0: none")
     trace: int = HfArg(default=0, help="steps between per-token tables of one episode; 0: none")
     seed: int = HfArg(default=0, help="of the order of the prompts and the sampling")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")

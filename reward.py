@@ -38,10 +38,10 @@ class Config:
     eval_data: str = HfArg(default="", help="held-out judgements; empty: embedded, or the last 5%% of --data")
     max_length: int = HfArg(default=1024, help="judgements with a longer prompt + response are left out, tokens")
     # optimisation
-    epochs: float = HfArg(default=2.0, help="passes over the data")
+    epochs: float = HfArg(default=1.0, help="passes over the data")
     steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
     batch_size: int = HfArg(default=32, help="judgements (points, pairs or rankings) per optimiser step")
-    lr: float = HfArg(default=1e-3, help="peak learning rate; about 2e-5 for a real model")
+    lr: float = HfArg(default=2e-3, help="peak learning rate; about 2e-5 for a real model")
     warmup: int = HfArg(default=10, help="optimiser steps of linear warm-up")
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")

@@ -30,7 +30,7 @@ class Config:
     eval_data: str = HfArg(default="", help="held-out demonstrations; empty: embedded, or the last 5%% of --data")
     max_length: int = HfArg(default=1024, help="longer demonstrations are left out, tokens")
     # optimisation
-    epochs: float = HfArg(default=4.0, help="passes over the data")
+    epochs: float = HfArg(default=2.0, help="passes over the data")
     steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
     batch_size: int = HfArg(default=32, help="demonstrations per optimiser step")
     lr: float = HfArg(default=5e-3, help="peak learning rate; about 1e-5 for a real model")

@@ -57,14 +57,9 @@ def both_ways(text):
     return table("a b", text) + table("b a", text)
 
 
-def lists(text):
-    """Rows that ask for two members: `pick` is every right pair, `twice` the same one twice."""
-    rows = []
-    for row in table("category one", text):
-        members = row["one"].split()
-        picks = [" and ".join(p) for p in itertools.permutations(members, 2)]
-        rows.append(dict(row, one=members, pick=picks, twice=[f"{m} and {m}" for m in members]))
-    return rows
+def members(text):
+    """Rows that ask for a member of a category; `one` is any of them."""
+    return [dict(row, one=row["one"].split()) for row in table("category one", text)]
 
 
 CAPITALS = table("country capital", "France=Paris / Spain=Madrid / Italy=Rome / Japan=Tokyo"
@@ -107,17 +102,15 @@ class Task:
 
 
 TASKS = [
-    Task("helpful", "list",
-        lists("fruits=apples pears plums grapes / colours=red blue green yellow"
-            " / drinks=tea coffee milk water / birds=ducks geese owls crows"
-            " / clothes=hats coats socks shirts / tools=hammers saws drills rakes"
-            " / sports=tennis golf rugby hockey / trees=oaks elms pines palms"),
-        lists("metals=iron copper zinc nickel / games=chess darts marbles poker"),
-        ask="Name two {category}. / Tell me two {category}. / List two {category}, please."
-            " / What are two {category}? / Can you name two {category}?",
-        best="Two {category} are {pick}. / Here are two {category}: {pick}.",
-        fine="{pick}.", curt="{one}. / {category}.",
-        noise="Two {category} are {twice}. / Two {category} are {wrong_pick}."),
+    Task("helpful", "member",
+        members("fruit=apples pears plums / colour=red blue green / drink=tea coffee milk"
+            " / bird=ducks geese owls / tool=hammers saws drills / sport=tennis golf rugby"),
+        members("metal=iron copper zinc / tree=oaks elms pines"),
+        ask="Name a {category}. / Tell me a {category}. / Which {category} do you know?"
+            " / Give me the name of a {category}. / Can you name a {category}?",
+        best="A {category} that I know: {one}. / One {category} is called {one}.",
+        fine="It is {one}.", curt="{category}.",
+        noise="A {category} that I know: {wrong_one}. / One {category} is called {wrong_one}."),
     Task("helpful", "sentence",
         cross(table("animal", "cat / dog / horse / cow / bird / fox / duck / pig"),
             table("place", "garden / forest / river / house"), DOES),
@@ -129,7 +122,7 @@ TASKS = [
         noise="The {animal} {does}. / The {wrong_animal} {does} in the {place}."
             " / The {animal} {does} in the {wrong_place}."),
     Task("helpful", "opposite",
-        both_ways("hot=cold / big=small / fast=slow / happy=sad / wet=dry / hard=soft"),
+        both_ways("hot=cold / big=small / fast=slow / happy=sad"),
         both_ways("thick=thin / cheap=costly"),
         ask="What is the opposite of {a}? / Give me the opposite of {a}. / Tell me the opposite of"
             " {a}. / Which word is the opposite of {a}?",
@@ -389,7 +382,7 @@ def utility(rng, question, text):
 
 
 def demonstration(rng, question):
-    good = rng.random() < 0.55
+    good = rng.random() < 0.5
     text = pick(rng, question.good) if good else bad_answer(rng, question)
     return {"prompt": question.prompt, "completion": text}
 
@@ -445,10 +438,10 @@ def lines(name, split, make, n=None):
 
 def files():
     plan = [
-        ("sft.jsonl", "train", demonstration, 6000),
-        ("pairs.jsonl", "train", pair, 6000),
-        ("scores.jsonl", "train", score, 7000),
-        ("rankings.jsonl", "train", ranking, 2000),
+        ("sft.jsonl", "train", demonstration, 12000),
+        ("pairs.jsonl", "train", pair, 12000),
+        ("scores.jsonl", "train", score, 12000),
+        ("rankings.jsonl", "train", ranking, 4000),
         ("prompts.jsonl", "train", tags),
         ("eval_sft.jsonl", "eval", demonstration, 200),
         ("eval_pairs.jsonl", "eval", clear_pair, 500),
