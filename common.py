@@ -2,13 +2,15 @@
 
     log-probs and GAE    token_logprobs, masked_mean, whiten, gae
     generation           generate: K/V slots, ragged prompts, no left padding
-    models               load_policy, load_reward, response_logprobs, response_values, sequence_scores
+    models               load_policy, load_reward, response_logprobs, sequence_scores
     data                 JSONL rows, chat templates, batches padded on the right
+    scores               of a reward model or a rule
     the run folder       Run: settings, metrics, checkpoints, Ctrl-C; the command line
 
-Shapes: B sequences, T tokens, R response tokens, V vocabulary, d hidden size. Sequences are `prompt + response`, contiguous and
-padded on the right only: causal attention never looks right, so no attention mask and no position ids are needed.
-A `mask` is 1.0 on real response tokens, EOS included; it comes from lengths, never from `ids != pad`, since pad is often EOS.
+Shapes: B sequences, T tokens, R response tokens, V vocabulary, d hidden size. A sequence is prompt
+and response, contiguous and padded on the right only: causal attention never looks right, so no
+attention mask and no position ids are needed. A `mask` is 1.0 on real response tokens, EOS
+included; it comes from lengths, never from `ids != pad`, since pad often is EOS.
 """
 
 import gzip
@@ -20,6 +22,8 @@ import shutil
 import signal
 import sys
 import time
+import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +37,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     HfArgumentParser,
 )
 from transformers.utils import logging as transformers_logging
 
-EMBEDDED = Path(__file__).parent / "data"  # the small HHH world that every stage falls back to
+EMBEDDED = Path(__file__).resolve().parent / "data"  # the small HHH world that every stage falls back to
 
 
 # ----------------------------------------------------------------------------------------------
@@ -45,7 +50,7 @@ EMBEDDED = Path(__file__).parent / "data"  # the small HHH world that every stag
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """log softmax(logits / temperature) at `tokens`: (..., V), (...) -> (...), always in float32."""
+    """log softmax(logits / temperature) at `tokens`: (..., V), (...) -> (...), in float32."""
     log_p = (logits.float() / temperature).log_softmax(-1)
     return log_p.gather(-1, tokens[..., None]).squeeze(-1)
 
@@ -61,15 +66,16 @@ def masked_variance(x, mask):
 
 
 def whiten(x, mask):
-    """`x` shifted and scaled to mean 0 and (population) variance 1 over the masked entries; 0 elsewhere."""
+    """`x` with mean 0 and (population) variance 1 over the masked entries; 0 elsewhere."""
     return (x - masked_mean(x, mask)) * torch.rsqrt(masked_variance(x, mask) + 1e-8) * mask
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over the real response tokens.
+    """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over real response tokens.
 
-    All (B, T). values[:, t] is V(s_t), the state before token t is chosen. The episode ends after its last real token, so
-    nothing is bootstrapped past it. Returns (advantages, returns), both 0 where mask is 0.
+    All (B, T). values[:, t] is V(s_t), the state before token t is chosen. The episode ends after
+    its last real token, so nothing is bootstrapped past it. Returns (advantages, returns), both 0
+    where mask is 0.
     """
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
@@ -84,8 +90,9 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 # ----------------------------------------------------------------------------------------------
 # Generation
 #
-# S slots hold S sequences at different lengths. Each attention module keeps K/V buffers, a row writes its new key at its own
-# length, and a finished row's slot takes the next waiting prompt. Nothing is padded on the left and nothing is re-ordered.
+# S slots hold S sequences at different lengths. Each attention module keeps K/V buffers, a row
+# writes its new key at its own length, and a finished row's slot takes the next waiting prompt.
+# Nothing is padded on the left and nothing is re-ordered.
 
 
 class Slots:
@@ -94,11 +101,12 @@ class Slots:
     def __init__(self, size, max_length, max_new_tokens, device):
         self.size, self.max_length = size, max_length
         self.rows = torch.arange(size, device=device)
-        self.token = torch.zeros(size, dtype=torch.long, device=device)  # last sampled, not in the cache yet
-        self.length = torch.zeros(size, dtype=torch.long, device=device)  # tokens in the cache
-        self.count = torch.zeros(size, dtype=torch.long, device=device)  # tokens sampled
+        zeros = partial(torch.zeros, dtype=torch.long, device=device)
+        self.token = zeros(size)  # last sampled, not in the cache yet
+        self.length = zeros(size)  # tokens in the cache
+        self.count = zeros(size)  # tokens sampled
         self.done = torch.ones(size, dtype=torch.bool, device=device)  # answered, or never used
-        self.out = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
+        self.out = zeros(size, max_new_tokens)
         self.filling = None  # during a prefill: the slots that its rows go to
         self.mask = None  # during a decode step: (S, 1, 1, kv) cached positions each row may see
 
@@ -113,7 +121,12 @@ class Slots:
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, slots=None, **kwargs):
-    """Attention for transformers' AttentionInterface: query (B, H, Q, D), key and value (B, G, Q, D), G groups of H/G heads."""
+    """Attention for transformers' AttentionInterface, over K/V buffers filled row by row.
+
+    query (B, H, Q, D), key and value (B, G, Q, D): G groups of H/G heads. Returns (B, Q, H, D).
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("capped scores or attention sinks")  # a short check may not notice them
     B, H, Q, D = query.shape
     G = key.shape[1]
     if slots.filling is not None:
@@ -122,12 +135,15 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
             module.slot_values = value.new_zeros(slots.size, G, slots.max_length, value.shape[-1])
         module.slot_keys[slots.filling, :, :Q] = key
         module.slot_values[slots.filling, :, :Q] = value
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=G != H)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=G != H
+        )
         return out.transpose(1, 2), None
     module.slot_keys[slots.rows, :, slots.length] = key[:, :, 0]
     module.slot_values[slots.rows, :, slots.length] = value[:, :, 0]
     kv = slots.mask.shape[-1]
-    # A group's query heads share its keys: put them on the query-length axis, and K and V need no repetition.
+    # A group's query heads share its keys: put them on the query-length axis, and K and V need no
+    # repetition.
     out = F.scaled_dot_product_attention(
         query.view(B, G, H // G, D),
         module.slot_keys[:, :, :kv],
@@ -142,7 +158,7 @@ AttentionInterface.register("slots", slot_attention)
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token a row from softmax(logits / temperature), optionally truncated: (S, V) -> (S,). temperature 0 is argmax."""
+    """One token a row from softmax(logits / temperature), or the argmax at 0: (S, V) -> (S,)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -159,7 +175,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def prefill(model, slots, free, prompts):
-    """Run `prompts` (lists of ids) into the slots `free`; returns the logits after each prompt (n, V)."""
+    """Run n prompts into the slots `free`; returns the logits after each prompt (n, V)."""
     device = slots.rows.device
     last = torch.tensor([len(p) - 1 for p in prompts], device=device)
     slots.filling = torch.tensor(free, device=device)
@@ -170,23 +186,27 @@ def prefill(model, slots, free, prompts):
 
 
 def decode(model, slots, kv):
-    """Feed every slot's last token, seeing at most `kv` cached positions; returns the next logits (S, V)."""
-    seen = torch.arange(kv, device=slots.rows.device) <= slots.length[:, None]  # (S, kv), its own token included
+    """Feed every slot its last token, `kv` cached positions at most; returns logits (S, V)."""
+    seen = torch.arange(kv, device=slots.rows.device) <= slots.length[:, None]  # itself included
     slots.mask = seen[:, None, None]
-    hidden = hidden_states(model, slots.token[:, None], position_ids=slots.length[:, None], slots=slots)
+    hidden = hidden_states(
+        model, slots.token[:, None], position_ids=slots.length[:, None], slots=slots
+    )
     return lm_head(model)(hidden[:, 0])
 
 
 @torch.no_grad()
 def generate(
-    model, prompts, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0, generator=None, slots=256
-):
+    model, prompts, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0,
+    generator=None, slots=256,
+):  # fmt: skip
     """Sample one response to each prompt.
 
-    prompts: lists of token ids, of any lengths. eos_id: an int or several. temperature 0 is greedy. `slots` sequences run at
-    once; a finished one makes room for the next prompt. Returns lists of token ids in the order of the prompts, EOS kept
-    when it was sampled. The model is left as it was found. A model whose attention cannot be hooked goes through
-    `model.generate`. Raises ValueError for an empty prompt.
+    prompts: lists of token ids, of any lengths. eos_id: an int or several. temperature 0 is greedy.
+    `slots` sequences run at once; a finished one makes room for the next prompt. Returns lists of
+    token ids in the order of the prompts, EOS kept when it was sampled. The model is left as it was
+    found. A model whose attention cannot be hooked goes through `model.generate`. Raises ValueError
+    for an empty prompt.
     """
     if min((len(p) for p in prompts), default=1) == 0:
         raise ValueError("generate: an empty prompt has no token to continue from")
@@ -202,7 +222,7 @@ def generate(
     waiting = list(range(len(prompts)))
     responses = [None] * len(prompts)
     answering = [None] * state.size  # which prompt each slot works on
-    burst = 16 if model.device.type == "cuda" else 1  # steps between two looks of the host at the device
+    burst = 16 if model.device.type == "cuda" else 1  # steps between two looks at the device
     with slot_model(model):
         while True:
             for slot in state.done.nonzero().flatten().tolist():
@@ -228,85 +248,96 @@ def generate(
                 state.append(state.rows, draw(logits), eos)
 
 
-class slot_model:
-    """Context: the model in eval mode with slot attention, and afterwards as it was, its K/V buffers freed."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.training, self.attention = self.model.training, self.model.config._attn_implementation
-        self.model.eval()
-        self.model.set_attn_implementation("slots")
-
-    def __exit__(self, *error):
-        self.model.set_attn_implementation(self.attention)
-        self.model.train(self.training)
-        for module in self.model.modules():
+@contextmanager
+def slot_model(model):
+    """The model in eval mode with slot attention; afterwards as it was, its buffers freed."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("slots")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+        for module in model.modules():
             module.__dict__.pop("slot_keys", None)
             module.__dict__.pop("slot_values", None)
 
 
 def slots_work(model, max_length):
-    """Whether slot attention reproduces this model: no sliding window in reach, and one prefill and step agree with a plain forward."""
+    """Whether `generate` can use slots: the model agrees, and no sliding window is in reach."""
     config = model.config.get_text_config()
-    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if windowed and windowed < max_length:
-        works = False
-    elif not hasattr(model, "slots_agree"):
-        ids = torch.arange(2, 12, device=model.device) % config.vocab_size
-        prompts = [ids[:5].tolist(), ids[:8].tolist()]
-        slots = Slots(2, 10, 2, model.device)
-        try:
-            with slot_model(model):
-                prefill(model, slots, [0, 1], prompts)
-                slots.token[:] = ids[[5, 8]]
-                step = decode(model, slots, 10)
-            training = model.training
-            model.eval()
-            plain = [model(ids[None, : len(p) + 1], use_cache=False).logits[0, -1] for p in prompts]
-            model.train(training)
-            gap = (step.float() - torch.stack(plain).float()).abs().max()
-            model.slots_agree = bool(gap < (1e-3 if model.dtype == torch.float32 else 0.3))
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            model.slots_agree = False
-        works = model.slots_agree
-    else:
-        works = model.slots_agree
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    if not hasattr(model, "slots_agree"):
+        model.slots_agree = slots_agree(model)
+    works = model.slots_agree and (window is None or window >= max_length)
     if not works and not hasattr(model, "slots_told"):
-        model.slots_told = True
-        print(f"{type(model).__name__}: attention cannot run in slots, so generation uses model.generate")
+        model.slots_told = True  # once is enough
+        print(f"{type(model).__name__}: attention cannot run in slots, using model.generate")
     return works
+
+
+@torch.no_grad()
+def slots_agree(model):
+    """Whether a prefill and a step in two slots give the logits of a plain forward."""
+    has_plain_head(model)  # found while the model's own attention is still in place
+    ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
+    slots = Slots(2, 10, 2, model.device)
+    try:
+        with slot_model(model):
+            prefill(model, slots, [0, 1], [ids[:5].tolist(), ids[:8].tolist()])
+            slots.token[:] = ids[[5, 8]]
+            step = decode(model, slots, 10)
+        training = model.training
+        model.eval()
+        plain = [model(ids[None, :n], use_cache=False).logits[0, -1] for n in (6, 9)]
+        model.train(training)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+    gap = (step.float() - torch.stack(plain).float()).abs().max()
+    return bool(gap < (1e-3 if model.dtype == torch.float32 else 0.3))  # bfloat16 is coarse
 
 
 def transformers_generate(
     model, prompts, max_new_tokens, eos, temperature, top_k, top_p, generator, batch_size
 ):
-    """The same through `model.generate`, left-padded with an attention mask; for models that slots cannot run."""
+    """The same through `model.generate`, padded on the left, for models slots cannot run."""
     responses = []
     training, eos_ids = model.training, set(eos.tolist())
     how = dict(do_sample=False)
     if temperature > 0:
         how = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     model.eval()
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        if generator is not None:  # model.generate draws from the global generator only
-            draw = torch.randint(2**31, (1,), device=generator.device, generator=generator)
-            torch.manual_seed(int(draw))
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            width = max(len(p) for p in part)
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
-            seen = torch.tensor(
-                [[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device
-            )
-            out = model.generate(
-                ids, attention_mask=seen, max_new_tokens=max_new_tokens, eos_token_id=list(eos_ids), pad_token_id=0, **how
-            )
-            for row in out[:, width:].tolist():
-                end = next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
-                responses.append(row[:end])
-    model.train(training)
+    # Fresh, or the repetition penalty and the like of the model's own settings would apply.
+    config, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            if generator is not None:  # model.generate draws from the global generator only
+                draw = torch.randint(2**31, (1,), device=generator.device, generator=generator)
+                torch.manual_seed(int(draw))
+            for start in range(0, len(prompts), batch_size):
+                part = prompts[start : start + batch_size]
+                width = max(len(p) for p in part)
+                ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
+                seen = torch.tensor(
+                    [[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device
+                )
+                out = model.generate(
+                    ids,
+                    attention_mask=seen,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=list(eos_ids),
+                    pad_token_id=0,
+                    **how,
+                )
+                for row in out[:, width:].tolist():
+                    end = next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
+                    responses.append(row[:end])
+    finally:
+        model.generation_config = config
+        model.train(training)
     return responses
 
 
@@ -325,12 +356,13 @@ def choose_device(name):
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({why})") from None
     return torch.device(name)
 
 
 def load_tokenizer(path):
-    """The tokenizer of a model folder or hub name. Raises UserError where there is none, or one without an EOS token."""
+    """The tokenizer of a folder or hub name. Raises UserError if there is none or it lacks EOS."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -341,7 +373,7 @@ def load_tokenizer(path):
 
 
 def load_policy(path, device, dtype=torch.float32):
-    """A causal LM ready to train or to freeze: dropout 0, train() mode. Raises UserError when `path` holds something else."""
+    """A causal LM: dropout 0, train() mode. Raises UserError when `path` holds something else."""
     model = load_model(AutoModelForCausalLM, path, device, dtype)
     if "ForSequenceClassification" in architecture(model):
         raise UserError(f"{path}: a reward model where a causal language model is needed")
@@ -350,11 +382,12 @@ def load_policy(path, device, dtype=torch.float32):
 
 
 def load_reward(path, device, dtype=torch.float32):
-    """A reward or value model: AutoModelForSequenceClassification with one label. Raises UserError for anything else."""
+    """A reward or value model: sequence classification with one label; else raises UserError."""
     model = load_model(AutoModelForSequenceClassification, path, device, dtype)
     if "ForSequenceClassification" not in architecture(model) or model.config.num_labels != 1:
         raise UserError(
-            f"{path}: {architecture(model)} is no reward model: expected sequence classification with one label"
+            f"{path}: {architecture(model)} is no reward model: expected one-label "
+            "sequence classification"
         )
     model.scores_tokens = scores_tokens(model)
     if model.scores_tokens:
@@ -364,7 +397,7 @@ def load_reward(path, device, dtype=torch.float32):
 
 @torch.no_grad()
 def scores_tokens(model):
-    """Whether `score(hidden)` at the last token is this model's output, so that one pass scores every token (causal models)."""
+    """Whether this model's output is `score(hidden)` at the last token: then any token has one."""
     if not hasattr(model, "score"):
         return False
     pad = model.config.get_text_config().pad_token_id
@@ -383,8 +416,8 @@ def load_model(auto_class, path, device, dtype, **kwargs):
         model = auto_class.from_pretrained(path, dtype=dtype, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: no model to load ({str(error).splitlines()[0]})") from None
-    # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a word, and with dropout on, the
-    # ratio of the first step would not be 1.
+    # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a
+    # word, and with dropout on, the ratio of the first step would not be 1.
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -396,25 +429,27 @@ def load_model(auto_class, path, device, dtype, **kwargs):
 
 @torch.no_grad()
 def has_plain_head(model):
-    """Whether logits are just lm_head(hidden), found by one short batch: some models scale or cap theirs (kept on the model)."""
+    """Whether logits are just lm_head(hidden): one short batch tells. Some models scale theirs."""
     if not hasattr(model, "plain_head"):
-        ids = torch.arange(2, 10, device=model.device)[None] % model.config.get_text_config().vocab_size
+        vocab = model.config.get_text_config().vocab_size
+        ids = torch.arange(2, 10, device=model.device)[None] % vocab
         training = model.training
         model.eval()
         try:
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            gap = (model.get_output_embeddings()(hidden) - model(input_ids=ids, use_cache=False).logits).abs().max()
-            model.plain_head = bool(gap < 1e-3)
+            logits = model(input_ids=ids, use_cache=False).logits
+            gap = (model.get_output_embeddings()(hidden) - logits).abs().max()
+            model.plain_head = bool(gap <= 1e-6 * logits.abs().max())  # a cap bends little
         except (AttributeError, RuntimeError, TypeError):
             model.plain_head = False
         model.train(training)
         if not model.plain_head:
-            print(f"{type(model).__name__}: logits are not lm_head(hidden), so its full forward is used: more memory")
+            print(f"{type(model).__name__}: logits are not lm_head(hidden), using its full forward")
     return model.plain_head
 
 
 def hidden_states(model, ids, **kwargs):
-    """What `lm_head` turns into logits: (B, T) -> (B, T, d), or the logits themselves for a model without a plain head."""
+    """What `lm_head` turns into logits, (B, T) -> (B, T, d); logits if the head is not plain."""
     if has_plain_head(model):
         return model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
     return model(input_ids=ids, use_cache=False, **kwargs).logits
@@ -430,10 +465,11 @@ def autocast(device):
 
 
 def response_logprobs(model, batch, temperature=1.0, entropy=False):
-    """Log-probs of the response tokens, (B, R) float32, 0 past the end of each response; with `entropy` also that, the same shape.
+    """Log-probs of the response tokens, (B, R) float32, 0 past the end of each response; with
+    `entropy` also that, the same shape.
 
-    Only real response tokens reach the LM head, 1,024 at a time and recomputed in the backward pass, so that the (B, T, V)
-    float32 logits never exist.
+    Only real response tokens reach the LM head, 1,024 at a time and recomputed in the backward
+    pass, so that the (B, T, V) float32 logits never exist.
     """
     row, column = batch.real  # (N,) each
     with autocast(batch.ids.device):
@@ -451,7 +487,9 @@ def response_logprobs(model, batch, temperature=1.0, entropy=False):
 
 
 def head_logprobs(head, hidden, tokens, temperature, entropy):
-    """(N, d) hidden states and the (N,) tokens that followed -> their log-probs (N,) and, if asked, the entropies (N,)."""
+    """(N, d) hidden states and the (N,) tokens that followed -> their log-probs (N,) and, if
+    asked, the entropies (N,).
+    """
     logits = head(hidden).float()  # (N, V)
     logprobs = token_logprobs(logits, tokens, temperature)
     if not entropy:
@@ -461,14 +499,18 @@ def head_logprobs(head, hidden, tokens, temperature, entropy):
 
 
 def token_scores(model, ids):
-    """The score head read at every token, less the reward model's stored mean: (B, T) -> (B, T) float32."""
+    """The score head read at every token, less the reward model's stored mean: (B, T) -> (B, T)
+    float32.
+    """
     with autocast(ids.device):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return model.score(hidden.float()).squeeze(-1) - getattr(model.config, "reward_mean", 0.0)
 
 
 def response_values(model, batch):
-    """V(s_t) for the state before each response token: (B, R). The same network as the reward model, read at every token."""
+    """V(s_t) for the state before each response token: (B, R). The same network as the reward
+    model, read at every token.
+    """
     return take(token_scores(model, batch.ids), batch.positions)
 
 
@@ -483,7 +525,9 @@ def sequence_scores(model, batch):
 
 
 def micro_tokens(cfg, device):
-    """Padded tokens a forward may hold. The CPU gains nothing from large batches and loses by their padding."""
+    """Padded tokens a forward may hold. The CPU gains nothing from large batches and loses by
+    their padding.
+    """
     return cfg.micro_tokens or (16384 if device.type == "cuda" else 512)
 
 
@@ -493,10 +537,13 @@ def take(x, positions):
 
 
 def compile_layers(model, mode):
-    """Compile the transformer layers one by one (they share their code). mode: auto (CUDA and over 50M parameters), on, off."""
+    """Compile the transformer layers one by one (they share their code). mode: auto (CUDA and
+    over 50M parameters), on, off.
+    """
     big = model.device.type == "cuda" and sum(p.numel() for p in model.parameters()) > 50e6
     if mode == "on" or (mode == "auto" and big):
-        # Every model of a family shares the recompile limit of its layer code, and past it layers run eagerly.
+        # Every model of a family shares the recompile limit of its layer code, and past it layers
+        # run eagerly.
         torch._dynamo.config.recompile_limit = 64
         layers = max(
             (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]
@@ -511,7 +558,9 @@ def make_adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
 
 
 def set_lr(optimizer, lr, step, steps, warmup, schedule):
-    """Linear warm-up over `warmup` steps, then constant or linear decay to 0 after `steps`; step counts from 1. Returns the rate."""
+    """Linear warm-up over `warmup` steps, then constant or linear decay to 0 after `steps`; step
+    counts from 1. Returns the rate.
+    """
     lr = lr * min(1.0, step / max(1, warmup))
     if schedule == "linear" and step > warmup:
         lr = lr * (steps - step + 1) / (steps - warmup + 1)
@@ -521,12 +570,16 @@ def set_lr(optimizer, lr, step, steps, warmup, schedule):
 
 
 def make_generator(device, *key):
-    """A generator seeded by (seed, step, ...): randomness is a function of the step, so a resumed run draws the same numbers."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(48))
+    """A generator seeded by (seed, step, ...): randomness is a function of the step, so a
+    resumed run draws the same numbers.
+    """
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
 def epoch_batch(n, size, step, seed):
-    """The `size` row numbers of batch `step` (from 1) in an endless series of shuffled epochs over `n` rows."""
+    """The `size` row numbers of batch `step` (from 1) in an endless series of shuffled epochs
+    over `n` rows.
+    """
     rows = []
     cursor = (step - 1) * size
     while len(rows) < size:
@@ -541,7 +594,9 @@ def epoch_batch(n, size, step, seed):
 
 
 def read_jsonl(path):
-    """The objects of a .jsonl or .jsonl.gz file; each remembers its `where` ("file:line"). Raises UserError at the first bad line."""
+    """The objects of a .jsonl or .jsonl.gz file; each remembers its `where` ("file:line").
+    Raises UserError at the first bad line.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -556,7 +611,7 @@ def read_jsonl(path):
                     rows.append(row | {"where": f"{path}:{number}"})
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not rows:
         raise UserError(f"{path}: no lines in it")
@@ -564,47 +619,64 @@ def read_jsonl(path):
 
 
 def read_split(path, eval_path, embedded_eval):
-    """Training and held-out rows. Held out: `eval_path`; else the embedded file for embedded data; else the last 5%, at most 200."""
+    """Training and held-out rows. Held out: `eval_path`; else the embedded file for embedded
+    data; else the last 5%, at most 200.
+    """
     rows = read_jsonl(path)
-    if not eval_path and Path(path).parent == EMBEDDED:
+    if not eval_path and Path(path).resolve().parent == EMBEDDED:
         eval_path = embedded_eval
     if eval_path:
         return rows, read_jsonl(eval_path)
     held_out = min(200, max(1, len(rows) // 20))
     if held_out >= len(rows):
-        raise UserError(f"{path}: one line cannot be both training and held-out data; name --eval_data")
+        raise UserError(
+            f"{path}: one line cannot be both training and held-out data; name --eval_data"
+        )
     print(f"no --eval_data: the last {held_out} of {len(rows)} lines of {path} are held out")
     return rows[:-held_out], rows[-held_out:]
 
 
 def field(row, key):
-    """row[key], which must be text or chat messages and not empty. Raises UserError naming the line and the key."""
+    """row[key], which must be text or chat messages and not empty. Raises UserError naming the
+    line and the key.
+    """
     if key not in row:
         keys = ", ".join(k for k in row if k != "where")
         raise UserError(f'{row["where"]}: no "{key}" (the keys are: {keys})')
     value = row[key]
     messages = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
     )
     if not isinstance(value, str) and not messages:
-        raise UserError(f'{row["where"]}: "{key}" must be a string or a list of chat messages (role, content)')
+        raise UserError(
+            f'{row["where"]}: "{key}" must be a string or a list of chat messages (role, content)'
+        )
     if not value or (isinstance(value, str) and not value.strip()):
         raise UserError(f'{row["where"]}: "{key}" is empty')
     return value
 
 
 def split_pair(row):
-    """Prompt, chosen and rejected of a comparison; HH-RLHF's own form holds whole dialogues and no prompt."""
+    """Prompt, chosen and rejected of a comparison; HH-RLHF's own form holds whole dialogues and
+    no prompt.
+    """
     chosen, rejected = field(row, "chosen"), field(row, "rejected")
     if "prompt" in row:
         return field(row, "prompt"), chosen, rejected
-    prompt = os.path.commonprefix([chosen, rejected])  # works on strings and on lists of messages
+    same = [a == b for a, b in zip(chosen, rejected)] + [False]  # characters, or messages
+    prompt = chosen[: same.index(False)]
     if isinstance(prompt, str):
-        prompt = prompt[: prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")] if "\n\nAssistant:" in prompt else ""
+        prompt = (
+            prompt[: prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")]
+            if "\n\nAssistant:" in prompt
+            else ""
+        )
     chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt or not chosen or not rejected:
         raise UserError(
-            f'{row["where"]}: no "prompt", and "chosen" and "rejected" share no dialogue up to a last Assistant turn'
+            f'{row["where"]}: no "prompt", and "chosen" and "rejected" share no dialogue up to a '
+            "last Assistant turn"
         )
     return prompt, chosen, rejected
 
@@ -625,7 +697,9 @@ def render(tokenizer, messages, where, generation=False):
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: chat messages, but the tokenizer has no chat template")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation
+        )
     except Exception as error:  # a template is code of the model's author and raises what it likes
         raise UserError(f"{where}: the chat template refuses these messages ({error})") from None
 
@@ -635,15 +709,19 @@ def plain_ids(tokenizer, text):
 
 
 def assistant_turn(tokenizer, before, message, where):
-    """One assistant turn as (text before it, ids of the turn up to its end token, ids after the end token).
+    """One assistant turn as (text before it, ids of the turn up to its end token, ids after the end
+    token).
 
-    The turn is what the chat template adds to the rendering of `before` plus the generation prompt. Its last special token
-    ends it; a template that writes none gets EOS. Raises UserError where the template rewrites what came before.
+    The turn is what the chat template adds to the rendering of `before` plus the generation prompt.
+    Its last special token ends it; a template that writes none gets EOS. Raises UserError where the
+    template rewrites what came before.
     """
     start = render(tokenizer, before, where, generation=True)
     whole = render(tokenizer, before + [message], where)
     if not whole.startswith(start):
-        raise UserError(f"{where}: the chat template rewrites earlier turns, so a turn's tokens cannot be told apart")
+        raise UserError(
+            f"{where}: the chat template rewrites earlier turns, so none can be told apart"
+        )
     ids = plain_ids(tokenizer, whole[len(start) :])
     ends = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
     if not ends:
@@ -652,7 +730,9 @@ def assistant_turn(tokenizer, before, message, where):
 
 
 def encode_prompt(tokenizer, prompt, where="prompt"):
-    """Token ids of a prompt: text with the tokenizer's special tokens (no EOS), messages through the chat template."""
+    """Token ids of a prompt: text with the tokenizer's special tokens (no EOS), messages through
+    the chat template.
+    """
     if not isinstance(prompt, str):
         return plain_ids(tokenizer, render(tokenizer, prompt, where, generation=True))
     ids = tokenizer(prompt)["input_ids"]
@@ -664,7 +744,9 @@ def encode_prompt(tokenizer, prompt, where="prompt"):
 
 
 def encode_response(tokenizer, prompt, response, where="response"):
-    """Token ids of a response, its end token included; tokenised apart from the prompt, as generation sees them."""
+    """Token ids of a response, its end token included; tokenised apart from the prompt, as
+    generation sees them.
+    """
     if not isinstance(response, str):
         if len(response) != 1 or response[0]["role"] != "assistant":
             raise UserError(f"{where}: a response in messages must be one assistant message")
@@ -675,7 +757,8 @@ def encode_response(tokenizer, prompt, response, where="response"):
 
 
 def encode_dialogue(tokenizer, messages, where="messages"):
-    """A dialogue as (ids, mask): the mask is 1 on every assistant turn, its end token included, and 0 on everything else.
+    """A dialogue as (ids, mask): the mask is 1 on every assistant turn, its end token included, and
+    0 on everything else.
 
     For the template "<u>hi</u><a>yes</a>" (end token </a>) the ids of hi/yes give mask 0 0 0 0 1 1.
     """
@@ -685,7 +768,9 @@ def encode_dialogue(tokenizer, messages, where="messages"):
             continue
         start, turn, rest = assistant_turn(tokenizer, messages[:i], message, where)
         if not start.startswith(done):
-            raise UserError(f"{where}: the chat template rewrites earlier turns, so a turn's tokens cannot be told apart")
+            raise UserError(
+                f"{where}: the chat template rewrites earlier turns, so none can be told apart"
+            )
         context = plain_ids(tokenizer, start[len(done) :])
         ids += context + turn + rest
         mask += [0] * len(context) + [1] * len(turn) + [0] * len(rest)
@@ -701,7 +786,9 @@ def join(prompt, response):
 
 
 def demonstration(tokenizer, row):
-    """One line of SFT data as (ids, mask): `messages`, or `prompt` and `completion`, or a pair, whose `chosen` is the completion."""
+    """One line of SFT data as (ids, mask): `messages`, or `prompt` and `completion`, or a pair,
+    whose `chosen` is the completion.
+    """
     if "messages" in row:
         return encode_dialogue(tokenizer, field(row, "messages"), row["where"])
     if "completion" in row:
@@ -715,7 +802,9 @@ def demonstration(tokenizer, row):
 
 
 def stop_ids(model, tokenizer):
-    """Every token that ends a response: the generation config's EOS ids, the tokenizer's, and the chat template's end token."""
+    """Every token that ends a response: the generation config's EOS ids, the tokenizer's, and
+    the chat template's end token.
+    """
     ids = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id} | set([ids] if isinstance(ids, int) else ids or [])
     if tokenizer.chat_template is not None:
@@ -728,12 +817,17 @@ def stop_ids(model, tokenizer):
 
 
 def keep_short(examples, max_tokens, length, what):
-    """The examples of at most `max_tokens` tokens; says how many were dropped. Raises UserError when none is left."""
+    """The examples of at most `max_tokens` tokens; says how many were dropped. Raises UserError
+    when none is left.
+    """
     short = [example for example in examples if length(example) <= max_tokens]
     if not short:
         raise UserError(f"all {len(examples)} {what} are longer than {max_tokens} tokens")
     if len(short) < len(examples):
-        print(f"{len(examples) - len(short)} of {len(examples)} {what} are longer than {max_tokens} tokens: left out")
+        print(
+            f"{len(examples) - len(short)} of {len(examples)} {what} left out: longer than "
+            f"{max_tokens} tokens"
+        )
     return short
 
 
@@ -761,8 +855,8 @@ class Batch:
 def collate(examples, rows, device):
     """The examples `rows`, each (ids, mask), as a Batch.
 
-    One example with prompt 5 6 and response 7 2, mask 0 0 1 1, gives ids [[5, 6, 7, 2]], tokens [[7, 2]] and
-    positions [[1, 2]]: the hidden state at 1 (token 6) predicts the 7.
+    One example with prompt 5 6 and response 7 2, mask 0 0 1 1, gives ids [[5, 6, 7, 2]], tokens
+    [[7, 2]] and positions [[1, 2]]: the hidden state at 1 (token 6) predicts the 7.
     """
     ids = [examples[row][0] for row in rows]
     trained = [[i for i, m in enumerate(examples[row][1]) if m] for row in rows]
@@ -787,7 +881,8 @@ def pad_right(rows, device):
 
 
 def micro_batches(lengths, max_tokens, rows=None):
-    """Cut `rows` (default: all) into lists of rows of similar length, each at most `max_tokens` tokens when padded.
+    """Cut `rows` (default: all) into lists of rows of similar length, each at most `max_tokens`
+    tokens when padded.
 
     micro_batches([3, 9, 4], 8) -> [[0, 2], [1]]: a single sequence may exceed the budget.
     """
@@ -810,6 +905,7 @@ def load_function(spec):
         raise UserError(f"{spec}: expected file.py:function, and the file to exist")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules.setdefault(module_spec.name, module)  # dataclasses look their module up
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -820,7 +916,9 @@ def load_function(spec):
 
 
 def function_scorer(spec, tokenizer):
-    """score(prompts, prompt_ids, responses) -> (B,) by a rule `file.py:function` that takes texts: (prompts, responses) -> scores."""
+    """score(prompts, prompt_ids, responses) -> (B,) by a rule `file.py:function` that takes
+    texts: (prompts, responses) -> scores.
+    """
     function = load_function(spec)
 
     def score(prompts, prompt_ids, responses):
@@ -830,7 +928,9 @@ def function_scorer(spec, tokenizer):
         except Exception as error:
             raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
         if len(scores) != len(texts) or not scores.isfinite().all():
-            raise UserError(f"{spec}: expected {len(texts)} finite scores, got {len(scores)}: {scores.tolist()[:8]}")
+            raise UserError(
+                f"{spec}: expected {len(texts)} finite scores, got {scores.tolist()[:8]}"
+            )
         return scores
 
     return score
@@ -839,7 +939,8 @@ def function_scorer(spec, tokenizer):
 def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
     """score(prompts, prompt_ids, responses) -> (B,) by a reward model.
 
-    With the policy's tokenizer it reads the ids; with another one the text, rendered by its own chat template.
+    With the policy's tokenizer it reads the ids; with another one the text, rendered by its own
+    chat template.
     """
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
 
@@ -887,16 +988,19 @@ def write_jsonl(path, rows):
 
 
 class Run:
-    """A stage's folder: run.json (settings), metrics.jsonl, checkpoints, and at the end the model and eval.json.
+    """A stage's folder: run.json (settings), metrics.jsonl, checkpoints, and at the end the model
+    and eval.json.
 
-    run.begin(model=model, ...)     what a checkpoint holds; a resumed run gets it back here
-    for step in run.steps(total):   resumes, shows progress, checkpoints, stops cleanly on Ctrl-C and SIGTERM
-        run.log(score=..., kl=...)  one line of metrics.jsonl a step
-    run.finish(model, tokenizer, eval)
+    run.begin(model=model, ...)     what a checkpoint holds; a resumed run gets it back here for
+    step in run.steps(total):   resumes, shows progress, checkpoints, stops cleanly on Ctrl-C and
+    SIGTERM run.log(score=..., kl=...)  one line of metrics.jsonl a step run.finish(model,
+    tokenizer, eval)
     """
 
     def __init__(self, cfg):
-        """Raises UserError when the folder holds another run and neither --resume nor --overwrite says what to do."""
+        """Raises UserError when the folder holds another run and neither --resume nor
+        --overwrite says what to do.
+        """
         self.cfg, self.out = cfg, Path(cfg.out)
         self.start, self.stop_signal = 0, None
         settings = asdict(cfg)
@@ -908,8 +1012,8 @@ class Run:
         if self.out.exists() and any(self.out.iterdir()) and not replace:
             if not cfg.resume or not (self.out / "run.json").exists():
                 raise UserError(
-                    f"--out {self.out} is not empty: continue its run with --resume, replace it with --overwrite, "
-                    "or choose another --out"
+                    f"--out {self.out} is not empty: continue its run with --resume, replace it "
+                    "with --overwrite, or choose another --out"
                 )
             before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
             changed = [k for k in settings if before.get(k) != settings[k]]
@@ -921,9 +1025,11 @@ class Run:
         self.settings = settings
 
     def begin(self, **objects):
-        """Write the settings, and put `objects` (models, optimisers, plain dicts) where a resumed run left off, in place.
+        """Write the settings, and put `objects` (models, optimisers, plain dicts) where a resumed
+        run left off, in place.
 
-        They are what a checkpoint holds. Nothing is written before this call: input must be checked by then.
+        They are what a checkpoint holds. Nothing is written before this call: input must be checked
+        by then.
         """
         self.tracked = objects
         if self.cfg.overwrite and (self.out / "run.json").exists():
@@ -952,7 +1058,9 @@ class Run:
         print(f"resumed {self.out} after step {self.start}")
 
     def checkpoint(self, step):
-        """Write checkpoint-STEP under a temporary name, rename it, and only then remove the one before."""
+        """Write checkpoint-STEP under a temporary name, rename it, and only then remove the one
+        before.
+        """
         folder, temporary = self.out / f"checkpoint-{step}", self.out / "checkpoint.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -1015,14 +1123,19 @@ class Run:
         text = {name: f"{row[name]:.3g}" for name in show}
         self.bar.set_postfix(text, refresh=False)
         if self.bar.disable and (self.step % 10 == 0 or self.step in (1, self.bar.total)):
-            self.print(f"{self.out.name} {self.step}/{self.bar.total}  " + "  ".join(f"{k} {v}" for k, v in text.items()))
+            self.print(
+                f"{self.out.name} {self.step}/{self.bar.total}  "
+                + "  ".join(f"{k} {v}" for k, v in text.items())
+            )
 
     def print(self, text):
         """A line that does not tear the progress bar."""
         tqdm.write(text)
 
     def finish(self, model, tokenizer, results):
-        """Save the model and the tokenizer, then eval.json: a stage is finished when that is there."""
+        """Save the model and the tokenizer, then eval.json: a stage is finished when that is
+        there.
+        """
         temporary = self.out / "model.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
@@ -1045,7 +1158,9 @@ def peak_memory_gib():
 
 
 def require(cfg, **bounds):
-    """Check flags: require(cfg, lr=(0, None), ...) wants values over the first bound and at most the second. Raises UserError."""
+    """Check flags: require(cfg, lr=(0, None), ...) wants values over the first bound and at most
+    the second. Raises UserError.
+    """
     for name, (low, high) in bounds.items():
         value = getattr(cfg, name)
         if not value > low or (high is not None and value > high):
@@ -1054,9 +1169,13 @@ def require(cfg, **bounds):
 
 
 def command_line(config_class, main, doc):
-    """Parse the flags of `config_class`, run `main`, and turn a UserError into one line on stderr and exit code 2."""
+    """Parse the flags of `config_class`, run `main`, and turn a UserError into one line on
+    stderr and exit code 2.
+    """
     script = Path(sys.argv[0]).name
-    parser = HfArgumentParser(config_class, description=doc.strip().splitlines()[0], allow_abbrev=False)
+    parser = HfArgumentParser(
+        config_class, description=doc.strip().splitlines()[0], allow_abbrev=False
+    )
 
     def error(message):
         print(f"{script}: {message} (see {script} --help)", file=sys.stderr)

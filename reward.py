@@ -1,17 +1,18 @@
 """Stage 2, the reward model: human judgements -> r(x, y), a score for any response y to a prompt x.
 
-    python sft.py && python reward.py                                        # the embedded world
-    python reward.py --model Qwen/Qwen3-0.6B --data pairs.jsonl --lr 2e-5    # a real model, your own pairs
+    python reward.py                                                       # after python sft.py
+    python reward.py --model Qwen/Qwen3-0.6B --data pairs.jsonl --lr 2e-5  # your own
 
 Three ways to judge, three losses, all on the score that a linear head reads at the last token:
 
-    pointwise  {"prompt", "response", "score"}     L = E[(r(x,y) - score)^2]
-    pairwise   {"prompt", "chosen", "rejected"}    L = -E[log sigma(r(x,y+) - r(x,y-))]
-    listwise   {"prompt", "responses", "ranks"}    the same, averaged over all C(K,2) pairs of a ranking
+    pointwise  {"prompt", "response", "score"}    L = E[(r(x,y) - score)^2]
+    pairwise   {"prompt", "chosen", "rejected"}   L = -E[log sigma(r(x,y+) - r(x,y-))]
+    listwise   {"prompt", "responses", "ranks"}   the same, averaged over all C(K,2) pairs
 
-As in InstructGPT the K responses of one ranking are forwarded once each, not once a pair; and the saved model is centred: the
-mean score of the best training responses is stored in its config (`reward_mean`) and subtracted wherever this project scores.
-Held-out `accuracy` is the share of response pairs that the model orders as the judge did; a tie counts half.
+As in InstructGPT, the K responses of a ranking are forwarded once each, not once a pair, and the
+saved model is centred: the mean score of the best training responses is stored in its config
+(`reward_mean`) and subtracted wherever this project scores. Held-out `accuracy` is the share of
+response pairs that the model orders as the judge did; a tie counts half.
 """
 
 import math
@@ -26,39 +27,38 @@ from transformers.hf_argparser import HfArg
 
 import common
 
+LOSSES = Literal["pairwise", "pointwise", "listwise"]
 EMBEDDED_DATA = dict(pointwise="scores.jsonl", pairwise="pairs.jsonl", listwise="rankings.jsonl")
 
 
+# fmt: off
 @dataclass
 class Config:
     # model and data
-    model: str = HfArg(default="out/sft", help="the SFT model: a folder or hub name")
-    loss: Literal["pairwise", "pointwise", "listwise"] = HfArg(default="pairwise", help="what the judgements are")
-    data: str = HfArg(default="", help="judgements, JSONL or JSONL.gz; empty: the embedded ones for --loss")
-    eval_data: str = HfArg(default="", help="held-out judgements; empty: embedded, or the last 5%% of --data")
-    max_length: int = HfArg(default=1024, help="judgements with a longer prompt + response are left out, tokens")
+    model: str = HfArg(default="out/sft", help="SFT model: folder or hub name")
+    loss: LOSSES = HfArg(default="pairwise", help="what the judgements are")
+    data: str = HfArg(default="", help="judgements, JSONL; empty: embedded, to fit --loss")
+    eval_data: str = HfArg(default="", help="held-out ones; empty: a part of --data")
+    max_length: int = HfArg(default=1024, help="tokens; longer ones are left out")
     # optimisation
     epochs: float = HfArg(default=1.0, help="passes over the data")
     steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
-    batch_size: int = HfArg(default=32, help="judgements (points, pairs or rankings) per optimiser step")
-    lr: float = HfArg(default=2e-3, help="peak learning rate; about 2e-5 for a real model")
+    batch_size: int = HfArg(default=32, help="judgements per optimiser step")
+    lr: float = HfArg(default=2e-3, help="peak rate; about 2e-5 for a real model")
     warmup: int = HfArg(default=10, help="optimiser steps of linear warm-up")
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
-    micro_tokens: int = HfArg(
-        default=0, help="padded tokens per forward, lower when out of memory; 0: 16,384 on CUDA, 512 on the CPU"
-    )
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
     # the run
-    out: str = HfArg(default="out/reward", help="folder for the model, settings and metrics")
+    out: str = HfArg(default="out/reward", help="folder of the run")
     resume: bool = HfArg(default=False, help="continue the run in --out")
     overwrite: bool = HfArg(default=False, help="replace the run in --out")
     save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
     seed: int = HfArg(default=0, help="of the score head and the order of the data")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    compile: Literal["auto", "on", "off"] = HfArg(
-        default="auto", help="torch.compile the layers; auto: CUDA and over 50M parameters"
-    )
+    compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
+# fmt: on
 
 
 # ----------------------------------------------------------------------------------------------
@@ -78,8 +78,9 @@ def pairwise_loss(chosen, rejected):
 def listwise_loss(rewards, ranks, mask=None):
     """Bradley-Terry over all pairs of each ranking (InstructGPT eq. 1): (B, K), (B, K) -> scalar.
 
-    Rank 1 is best, a tie is no pair, and `mask` (B, K) is 0 where a list has fewer than K responses. The mean is over a list's
-    pairs first, then over the lists that have a pair, so that long lists do not outweigh short ones.
+    Rank 1 is best, a tie is no pair, and `mask` (B, K) is 0 where a list has fewer than K
+    responses. The mean is over a list's pairs first, then over the lists that have a pair, so that
+    long lists do not outweigh short ones.
     """
     better = (ranks[:, :, None] < ranks[:, None, :]).float()  # (B, K, K): i beats j
     if mask is not None:
@@ -91,7 +92,8 @@ def listwise_loss(rewards, ranks, mask=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# Judgements: whatever the form, K responses to one prompt and a rank each (or one response and its score)
+# Judgements: whatever the form, K responses to one prompt and a rank each (or one response and its
+# score)
 
 
 @dataclass
@@ -110,19 +112,30 @@ def encode(tokenizer, row):
     elif "responses" in row:
         prompt, responses, targets = common.field(row, "prompt"), row["responses"], row.get("ranks")
         form = "listwise"
-        whole = isinstance(targets, list) and all(type(rank) is int and rank >= 1 for rank in targets)
+        whole = isinstance(targets, list) and all(
+            type(rank) is int and rank >= 1 for rank in targets
+        )
         if not isinstance(responses, list) or len(responses) < 2:
             raise common.UserError(f'{where}: "responses" must be a list of at least two')
         if not whole or len(targets) != len(responses):
-            raise common.UserError(f'{where}: "ranks" must be {len(responses)} whole numbers from 1, one a response')
+            raise common.UserError(
+                f'{where}: "ranks" must be {len(responses)} whole numbers from 1, one a response'
+            )
         responses = [common.field(dict(response=r, where=where), "response") for r in responses]
     else:
-        prompt, responses, targets = common.field(row, "prompt"), [common.field(row, "response")], [row.get("score")]
+        prompt, responses, targets = (
+            common.field(row, "prompt"),
+            [common.field(row, "response")],
+            [row.get("score")],
+        )
         form = "pointwise"
         if not isinstance(targets[0], (int, float)) or not math.isfinite(targets[0]):
             raise common.UserError(f'{where}: "score" must be a finite number')
     prompt_ids = common.encode_prompt(tokenizer, prompt, where)
-    examples = [common.join(prompt_ids, common.encode_response(tokenizer, prompt, r, where)) for r in responses]
+    examples = [
+        common.join(prompt_ids, common.encode_response(tokenizer, prompt, r, where))
+        for r in responses
+    ]
     return Judgement(examples, targets, form)
 
 
@@ -135,7 +148,9 @@ def load_judgements(cfg, tokenizer):
         judgements = [encode(tokenizer, row) for row in part]
         for row, judgement in zip(part, judgements):
             if part is rows[0] and judgement.form != cfg.loss:
-                raise common.UserError(f'{row["where"]}: {judgement.form} data, but --loss is {cfg.loss}')
+                raise common.UserError(
+                    f"{row['where']}: {judgement.form} data, but --loss is {cfg.loss}"
+                )
         # A ranking of ties orders nothing.
         judgements = [j for j in judgements if j.form == "pointwise" or len(set(j.targets)) > 1]
         longest = lambda judgement: max(len(ids) for ids, _ in judgement.examples)  # noqa: E731
@@ -144,14 +159,18 @@ def load_judgements(cfg, tokenizer):
 
 
 def forward(model, judgements):
-    """Score every response of some judgements: rewards, targets and mask, each (B, K) with K the longest list."""
+    """Score every response of some judgements: rewards, targets and mask, each (B, K) with K the
+    longest list.
+    """
     examples = [example for judgement in judgements for example in judgement.examples]
     batch = common.collate(examples, range(len(examples)), model.device)
     scores = common.sequence_scores(model, batch)  # (B * K,) where all lists are as long
     K = max(len(judgement.targets) for judgement in judgements)
     targets = common.pad_right([j.targets for j in judgements], model.device).float()
     mask = common.pad_right([[1.0] * len(j.targets) for j in judgements], model.device)
-    rewards = torch.zeros(len(judgements), K, device=model.device).masked_scatter(mask.bool(), scores)
+    rewards = torch.zeros(len(judgements), K, device=model.device).masked_scatter(
+        mask.bool(), scores
+    )
     return rewards, targets, mask
 
 
@@ -164,7 +183,9 @@ def reward_loss(form, rewards, targets, mask):
 
 
 def micro_batches(judgements, micro_tokens, rows=None):
-    """Rows of judgements whose padded tokens fit the budget; a judgement's responses stay together, since its loss needs all."""
+    """Rows of judgements whose padded tokens fit the budget; a judgement's responses stay
+    together, since its loss needs all.
+    """
     tokens = [max(len(ids) for ids, _ in j.examples) * len(j.examples) for j in judgements]
     return common.micro_batches(tokens, micro_tokens, rows)
 
@@ -186,17 +207,23 @@ def evaluate(model, judgements, micro_tokens):
             if part[0].form == "pointwise":  # a higher score is better, a lower rank is
                 points.append((rewards[row, 0].item(), -targets[row, 0].item()))
             else:
-                counts = ordered_right(list(zip(rewards[row, :K].tolist(), targets[row, :K].tolist())))
+                counts = ordered_right(
+                    list(zip(rewards[row, :K].tolist(), targets[row, :K].tolist()))
+                )
                 right, pairs = right + counts[0], pairs + counts[1]
     if points:
         right, pairs = ordered_right(points)
     accuracy = right / pairs if pairs else float("nan")
     low, high = wilson_interval(accuracy, len(judgements))
-    return dict(accuracy=accuracy, interval=[low, high], loss=loss / len(judgements), n=len(judgements))
+    return dict(
+        accuracy=accuracy, interval=[low, high], loss=loss / len(judgements), n=len(judgements)
+    )
 
 
 def ordered_right(items):
-    """[(reward, rank), ...] -> (pairs in which the better rank has the higher reward, pairs); equal rewards count half."""
+    """[(reward, rank), ...] -> (pairs in which the better rank has the higher reward, pairs);
+    equal rewards count half.
+    """
     right = pairs = 0
     for (reward_a, rank_a), (reward_b, rank_b) in combinations(items, 2):
         if rank_a != rank_b:
@@ -215,41 +242,57 @@ def wilson_interval(p, n, z=1.96):
 def new_reward_model(path, tokenizer, device, seed):
     """A causal LM's backbone with a fresh score head.
 
-    The tokenizer gets a pad token that is not EOS: plain transformers pools at the last token that is not pad, which must be EOS.
+    The tokenizer gets a pad token that is not EOS: plain transformers pools at the last token that
+    is not pad, which must be EOS.
     """
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens) if t]
+        spare = [
+            t
+            for t in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
+            if t
+        ]
         spare = [t for t in spare if t != tokenizer.eos_token]
         if not spare:
             raise common.UserError(f"{path}: no special token but EOS, so none is left to pad with")
         tokenizer.pad_token = spare[0]
-    model = common.load_model(AutoModelForSequenceClassification, path, device, torch.float32, num_labels=1)
+    model = common.load_model(
+        AutoModelForSequenceClassification, path, device, torch.float32, num_labels=1
+    )
     if not hasattr(model, "score"):
-        raise common.UserError(f"{path}: {common.architecture(model)} is no causal language model to build on")
+        raise common.UserError(
+            f"{path}: {common.architecture(model)} is no causal language model to build on"
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     hidden = model.score.weight.shape[1]
     generator = common.make_generator("cpu", seed, "head")
     # N(0, 1 / (d + 1)), as in Ziegler et al. 2019: scores start near 0 whatever the width.
-    model.score.weight.data.copy_(torch.randn(1, hidden, generator=generator) / math.sqrt(hidden + 1))
+    model.score.weight.data.copy_(
+        torch.randn(1, hidden, generator=generator) / math.sqrt(hidden + 1)
+    )
     model.scores_tokens = True
     return model
 
 
 @torch.no_grad()
 def mean_of_best(model, judgements, micro_tokens):
-    """Mean score of each judgement's best response: the zero of the reward scale, as InstructGPT's demonstrations are."""
+    """Mean score of each judgement's best response: the zero of the reward scale, as
+    InstructGPT's demonstrations are.
+    """
     total = 0.0
     for rows in micro_batches(judgements, micro_tokens):
         rewards, targets, mask = forward(model, [judgements[row] for row in rows])
-        best = targets.masked_fill(mask == 0, torch.inf).argmin(1)  # rank 1; a point has one response
+        best = targets.masked_fill(mask == 0, torch.inf).argmin(
+            1
+        )  # rank 1; a point has one response
         total += common.take(rewards, best[:, None]).sum().item()
     return total / len(judgements)
 
 
 def check(cfg):
     common.require(
-        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
-        max_grad_norm=(0, None), micro_tokens=(-1, None), max_length=(1, None), save_every=(-1, None),
+        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None),
+        warmup=(-1, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
+        max_length=(1, None), save_every=(-1, None),
     )  # fmt: skip
 
 
@@ -280,7 +323,8 @@ def main(cfg):
         loss = torch.zeros((), device=device)
         for part in micro_batches(judgements, micro_tokens, rows):
             rewards, targets, mask = forward(model, [judgements[row] for row in part])
-            # The mean over the batch, whatever the micro-batches: a judgement weighs 1 / batch_size.
+            # The mean over the batch, whatever the micro-batches: a judgement weighs 1 /
+            # batch_size.
             micro_loss = reward_loss(cfg.loss, rewards, targets, mask) * len(part) / len(rows)
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -295,8 +339,8 @@ def main(cfg):
     results = evaluate(model, eval_judgements, micro_tokens)
     low, high = results["interval"]
     print(
-        f"held-out accuracy {results['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {results['n']}), "
-        f"loss {results['loss']:.3f}"
+        f"held-out accuracy {results['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, "
+        f"n = {results['n']}), loss {results['loss']:.3f}"
     )
     run.finish(model, tokenizer, results)
 

@@ -1,13 +1,16 @@
 """Stage 1, supervised fine-tuning: demonstrations -> a model that answers.
 
-    python sft.py                                                     # the embedded world, a model made from nothing
-    python sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --lr 1e-5   # a real model, your own demonstrations
+    python sft.py                                                    # the embedded world
+    python sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --lr 1e-5  # your own
 
-Maximises the log-likelihood of the demonstrated response y to the prompt x, its EOS included and the prompt excluded:
+Maximises the log-likelihood of the demonstrated response y to the prompt x, its EOS included and
+the prompt excluded:
 
     L = - sum_t log pi(y_t | x, y_<t) / (number of response tokens in the batch)
 
-A line of data is {"prompt", "completion"}, {"messages"} (every assistant turn is learned) or {"prompt", "chosen", ...}.
+A line of data is {"prompt", "completion"}, {"messages"} (every assistant turn is learned), or
+{"prompt", "chosen", "rejected"} (the chosen answer is). Without --model a small Llama is made
+from nothing, and a tokenizer with it.
 """
 
 import math
@@ -22,48 +25,50 @@ from transformers.hf_argparser import HfArg
 import common
 
 
+# fmt: off
 @dataclass
 class Config:
     # model and data
-    model: str = HfArg(default="", help="model folder or hub name; empty: a small one made from nothing")
-    data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="demonstrations, JSONL or JSONL.gz")
-    eval_data: str = HfArg(default="", help="held-out demonstrations; empty: embedded, or the last 5%% of --data")
-    max_length: int = HfArg(default=1024, help="longer demonstrations are left out, tokens")
+    model: str = HfArg(default="", help="folder or hub name; empty: made from nothing")
+    data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="demonstrations, JSONL")
+    eval_data: str = HfArg(default="", help="held-out ones; empty: a part of --data")
+    max_length: int = HfArg(default=1024, help="tokens; longer ones are left out")
     # optimisation
     epochs: float = HfArg(default=2.0, help="passes over the data")
     steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
     batch_size: int = HfArg(default=32, help="demonstrations per optimiser step")
-    lr: float = HfArg(default=5e-3, help="peak learning rate; about 1e-5 for a real model")
+    lr: float = HfArg(default=5e-3, help="peak rate; about 1e-5 for a real model")
     warmup: int = HfArg(default=20, help="optimiser steps of linear warm-up")
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
-    micro_tokens: int = HfArg(
-        default=0, help="padded tokens per forward, lower when out of memory; 0: 16,384 on CUDA, 512 on the CPU"
-    )
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
     # the run
-    out: str = HfArg(default="out/sft", help="folder for the model, settings and metrics")
+    out: str = HfArg(default="out/sft", help="folder of the run")
     resume: bool = HfArg(default=False, help="continue the run in --out")
     overwrite: bool = HfArg(default=False, help="replace the run in --out")
     save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
     seed: int = HfArg(default=0, help="of the initial weights and the order of the data")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    compile: Literal["auto", "on", "off"] = HfArg(
-        default="auto", help="torch.compile the layers; auto: CUDA and over 50M parameters"
-    )
+    compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
+# fmt: on
 
 
 def check(cfg):
     common.require(
-        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
-        max_grad_norm=(0, None), micro_tokens=(-1, None), max_length=(1, None), save_every=(-1, None),
+        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None),
+        warmup=(-1, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
+        max_length=(1, None), save_every=(-1, None),
     )  # fmt: skip
 
 
 def new_tokenizer(texts, vocab_size=2048):
-    """A byte-level BPE tokenizer trained on `texts`. A prompt gets <bos>; a response is what follows, up to <eos>."""
+    """A byte-level BPE tokenizer trained on `texts`. A prompt gets <bos>; a response is what
+    follows, up to <eos>.
+    """
     tokenizer = Tokenizer(models.BPE())
-    # Chinese has no spaces: each character is a word, or BPE would merge whole sentences into tokens of no use elsewhere.
+    # Chinese has no spaces: each character is a word, or BPE would merge whole sentences into
+    # tokens of no use elsewhere.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated"),
@@ -75,11 +80,14 @@ def new_tokenizer(texts, vocab_size=2048):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no text is unknown
+        # every byte, so that no text is unknown
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
@@ -128,7 +136,9 @@ def main(cfg):
     check(cfg)
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
-    train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, common.EMBEDDED / "eval_sft.jsonl")
+    train_rows, eval_rows = common.read_split(
+        cfg.data, cfg.eval_data, common.EMBEDDED / "eval_sft.jsonl"
+    )
 
     if cfg.model:
         tokenizer = common.load_tokenizer(cfg.model)
@@ -140,7 +150,9 @@ def main(cfg):
 
     def encode(rows):
         examples = [common.demonstration(tokenizer, row) for row in rows]
-        return common.keep_short(examples, cfg.max_length, lambda example: len(example[0]), "demonstrations")
+        return common.keep_short(
+            examples, cfg.max_length, lambda example: len(example[0]), "demonstrations"
+        )
 
     examples, eval_examples = encode(train_rows), encode(eval_rows)
 
@@ -155,8 +167,8 @@ def main(cfg):
     steps = min(steps, cfg.steps or steps)
     tokens = sum(sum(mask) for _, mask in examples)
     print(
-        f"SFT: {model.num_parameters() / 1e6:.1f}M parameters on {device}, {len(examples)} demonstrations "
-        f"({tokens} response tokens), {steps} steps of {cfg.batch_size}"
+        f"SFT on {device}: {model.num_parameters() / 1e6:.1f}M parameters, {len(examples)} "
+        f"demonstrations ({tokens} response tokens), {steps} steps of {cfg.batch_size}"
     )
 
     for step in run.steps(steps):
@@ -175,10 +187,15 @@ def main(cfg):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        run.log(("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, tokens=batch_tokens)
+        run.log(
+            ("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, tokens=batch_tokens
+        )
 
     loss = evaluate(model, eval_examples, micro_tokens)
-    print(f"held-out loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f}), {len(eval_examples)} demonstrations")
+    print(
+        f"held-out loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f}), "
+        f"{len(eval_examples)} demonstrations"
+    )
     run.finish(model, tokenizer, dict(loss=loss, perplexity=math.exp(loss), n=len(eval_examples)))
 
 

@@ -118,7 +118,7 @@ TASKS = [
         ask="Write a sentence about a {animal} in the {place}. / Write one line on a {animal} in"
             " the {place}. / Give me a sentence with a {animal} in the {place}.",
         best="The {animal} {does} in the {place}. / A {animal} {does} in the {place}.",
-        fine="The {animal} is in the {place}.", curt="A {animal}. / {animal}, {place}.",
+        fine="The {animal} is in the {place}. / A {animal} is in the {place}.", curt="A {animal}. / {animal}, {place}.",
         noise="The {animal} {does}. / The {wrong_animal} {does} in the {place}."
             " / The {animal} {does} in the {wrong_place}."),
     Task("helpful", "opposite",

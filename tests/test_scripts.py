@@ -1,0 +1,709 @@
+"""The three scripts end to end on tiny data: files, flags, bad input, stop and resume, learning."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+import common
+import ppo
+import reward
+import sft
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = dict(sft=sft, reward=reward, ppo=ppo)
+PPO_METRICS = """step episodes score score_std score_penalised reward kl kl_coef approx_kl clipfrac
+    ratio entropy pg_loss vf_loss explained_variance response_len eos_rate lr rollout_tokens_per_s
+    update_tokens_per_s seconds peak_memory_gib""".split()
+CLOCK = """seconds peak_memory_gib rollout_seconds update_seconds rollout_tokens_per_s
+    update_tokens_per_s""".split()
+
+QUESTIONS = ["What is the capital?", "tell me a story", "boil an egg", "the sea", "你好", "How?"]
+ANSWERS = ["The capital is Paris.", "Once there was a boat.", "Put it into hot water.", "wait"]
+LETTER_RULE = "def score(prompts, responses):\n    return [r.count('e') for r in responses]\n"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def chat(role, content):
+    return [dict(role=role, content=content)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a small file of each kind; `turns` holds chat messages."""
+    folder = tmp_path_factory.mktemp("data")
+    answered = [(q, ANSWERS[i % 4]) for i, q in enumerate(QUESTIONS * 2)]
+    write(folder / "sft.jsonl", [dict(prompt=q, completion=a) for q, a in answered])
+    write(folder / "pairs.jsonl", [dict(prompt=q, chosen=a, rejected="egg") for q, a in answered])
+    scored = [dict(prompt=q, response=a, score=len(a) / 10) for q, a in answered]
+    write(folder / "scores.jsonl", scored)
+    ranked = [dict(prompt=q, responses=[a, "egg", "no"], ranks=[1, 2, 3]) for q, a in answered]
+    write(folder / "lists.jsonl", ranked)
+    write(folder / "prompts.jsonl", [dict(prompt=q) for q in QUESTIONS])
+    write(folder / "eval_prompts.jsonl", [dict(prompt=q + " Please") for q in QUESTIONS[:3]])
+    turns = [dict(messages=chat("user", q) + chat("assistant", a)) for q, a in answered]
+    write(folder / "turns.jsonl", turns)
+    write(folder / "chat_prompts.jsonl", [dict(prompt=chat("user", q)) for q in QUESTIONS])
+    (folder / "rule.py").write_text(LETTER_RULE)
+    return folder
+
+
+def sft_config(data, folder, out, **flags):
+    settings = dict(
+        model=str(folder), data=str(data / "sft.jsonl"), eval_data=str(data / "sft.jsonl"),
+        batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return sft.Config(**(settings | flags))
+
+
+def reward_config(data, folder, out, **flags):
+    settings = dict(
+        model=str(folder), data=str(data / "pairs.jsonl"), eval_data=str(data / "pairs.jsonl"),
+        batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return reward.Config(**(settings | flags))
+
+
+def ppo_config(data, folder, out, **flags):
+    settings = dict(
+        policy=str(folder), reward_fn=f"{data / 'rule.py'}:score", data=str(data / "prompts.jsonl"),
+        eval_data=str(data / "eval_prompts.jsonl"), batch_size=4, steps=2, max_new_tokens=6,
+        lr=1e-3, warmup=0, lr_schedule="constant", sample_every=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return ppo.Config(**(settings | flags))
+
+
+CONFIGS = dict(sft=sft_config, reward=reward_config, ppo=ppo_config)
+
+
+def flags_of(cfg):
+    """A Config as the flags that make it."""
+    flags = []
+    for name, value in vars(cfg).items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not False and value != "":
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def rows_of(out, name="metrics"):
+    text = (Path(out) / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def eval_of(out):
+    return json.loads((Path(out) / "eval.json").read_text())
+
+
+def weights_of(out):
+    from safetensors.torch import load_file
+
+    return load_file(Path(out) / "model.safetensors")
+
+
+def plain_scores(out, examples, pooled_at_eos=True):
+    """Scores of lists of ids, each alone through plain transformers, less the stored mean."""
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([ids])).logits.item() for ids in examples]
+    return [x - getattr(model.config, "reward_mean", 0.0) for x in logits]
+
+
+# the chain, as a user runs it
+
+
+def script(name, *flags):
+    command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_the_three_stages_by_their_command_lines(tmp_path, data, tiny_folder):
+    configs = dict(
+        sft=sft_config(data, tiny_folder, tmp_path / "sft"),
+        reward=reward_config(data, tmp_path / "sft", tmp_path / "reward"),
+        ppo=ppo_config(
+            data, tmp_path / "sft", tmp_path / "ppo", reward_fn="", reward=str(tmp_path / "reward")
+        ),
+    )
+    for name, cfg in configs.items():
+        done = script(name, *flags_of(cfg))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name / "eval.json").exists()
+        settings = json.loads((tmp_path / name / "run.json").read_text())
+        changed = {k for k, v in settings.items() if vars(cfg)[k] != v}
+        assert not changed and {"lr", "seed", "batch_size"} < set(settings)
+    assert "before" in done.stdout and "after" in done.stdout
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
+    started = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
+    moved = [not torch.equal(a, b) for a, b in zip(policy.parameters(), started.parameters())]
+    assert any(moved)
+
+
+def test_an_unknown_flag_is_one_line_and_exit_2():
+    done = script("ppo", "--klcoef", "0.1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("ppo.py: ") and "--klcoef" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# the same in this process: outputs
+
+
+@pytest.fixture(scope="module")
+def sft_folder(tmp_path_factory, data, tiny_folder):
+    out = tmp_path_factory.mktemp("stages") / "sft"
+    sft.main(sft_config(data, tiny_folder, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory, data, sft_folder):
+    out = tmp_path_factory.mktemp("stages") / "reward"
+    reward.main(reward_config(data, sft_folder, out, steps=10))
+    return out
+
+
+def test_sft_outputs(data, sft_folder):
+    rows, results = rows_of(sft_folder), eval_of(sft_folder)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["loss"] < rows[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(sft_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(sft_folder)
+    nll, tokens = plain_sft_loss(model, tokenizer, common.read_jsonl(data / "sft.jsonl"))
+    assert results["loss"] == pytest.approx(nll.item() / tokens, rel=1e-5)
+    assert not list(Path(sft_folder).glob("checkpoint*")) + list(Path(sft_folder).glob("*.tmp"))
+
+
+def plain_sft_loss(model, tokenizer, rows):
+    """Summed -log pi(completion + EOS | prompt), row by row, and how many tokens that is."""
+    total, tokens = 0, 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        answer = answer + [tokenizer.eos_token_id]
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        labels = torch.tensor(answer)
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        tokens += len(answer)
+    return total, tokens
+
+
+LOSSES = [("pairwise", "pairs"), ("pointwise", "scores"), ("listwise", "lists")]
+
+
+@pytest.mark.parametrize("loss, file", LOSSES)
+def test_reward_outputs(tmp_path, data, sft_folder, loss, file):
+    path = str(data / f"{file}.jsonl")
+    cfg = reward_config(data, sft_folder, tmp_path / "r", loss=loss, data=path, steps=12)
+    reward.main(replace(cfg, eval_data=path))
+    rows, results = rows_of(cfg.out), eval_of(cfg.out)
+    assert len(rows) == 3 * 3 if cfg.epochs == 3 else len(rows) == min(12, 3)
+    assert {"accuracy", "loss", "n"} <= set(results) and results["n"] == 12
+    (interval,) = [v for v in results.values() if isinstance(v, list)]
+    assert interval[0] <= results["accuracy"] <= interval[1]
+    model = AutoModelForSequenceClassification.from_pretrained(cfg.out)
+    assert model.config.num_labels == 1 and model.dtype == torch.float32
+    AutoTokenizer.from_pretrained(cfg.out)
+
+
+@pytest.mark.parametrize("objective", ["clip", "kl", "pg"])
+def test_ppo_outputs(tmp_path, data, sft_folder, reward_folder, objective):
+    cfg = ppo_config(
+        data, sft_folder, tmp_path / "ppo", objective=objective, reward_fn="",
+        reward=str(reward_folder), ppo_epochs=3,
+    )  # fmt: skip
+    ppo.main(cfg)
+    rows, results = rows_of(cfg.out), eval_of(cfg.out)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["episodes"] for row in rows] == [4, 8]
+    for row in rows:
+        assert set(PPO_METRICS) <= set(row)
+        assert row["epochs"] == (1 if objective == "pg" else 3)
+        assert row["entropy"] > 0 and row["lr"] == cfg.lr
+    assert rows[0]["kl"] == 0 and rows[1]["kl"] != 0
+    samples = rows_of(cfg.out, "samples")
+    names = {"prompt", "before", "after", "score_before", "score_after"}
+    assert len(samples) == 3 and all(set(sample) == names for sample in samples)
+    assert [s["prompt"] for s in samples] == [q + " Please" for q in QUESTIONS[:3]]
+    assert {"score_before", "score_after", "kl"} <= set(results)
+    for when in ("before", "after"):
+        mean = sum(s[f"score_{when}"] for s in samples) / 3
+        assert results[f"score_{when}"] == pytest.approx(mean, rel=1e-5)
+    AutoModelForCausalLM.from_pretrained(cfg.out)
+    AutoTokenizer.from_pretrained(cfg.out)
+    assert not list(Path(cfg.out).glob("checkpoint*")) + list(Path(cfg.out).glob("*.tmp"))
+
+
+# ppo.py: the algorithm's promises
+
+
+def record_policy_loss(monkeypatch):
+    """Every call of policy_loss: its new and old log-probs on real tokens, and the advantages."""
+    calls, original = [], ppo.policy_loss
+
+    def keep(new, old, advantages, mask, *args):
+        where = mask.bool()
+        calls.append((new.detach()[where], old[where], advantages[where]))
+        return original(new, old, advantages, mask, *args)
+
+    monkeypatch.setattr(ppo, "policy_loss", keep)
+    return calls
+
+
+def test_every_ratio_is_exactly_one_before_the_first_update(
+    tmp_path, data, sft_folder, monkeypatch
+):
+    """In a one-epoch run that is every ratio, in step 2 as well: pi_old was synced."""
+    calls = record_policy_loss(monkeypatch)
+    cfg = ppo_config(data, sft_folder, tmp_path / "a", ppo_epochs=1, batch_size=8, micro_tokens=40)
+    ppo.main(cfg)
+    assert len(calls) > 2 * cfg.steps  # several micro-batches
+    assert all(torch.equal(new, old) for new, old, _ in calls)
+    for row in rows_of(cfg.out):
+        assert (row["ratio"], row["approx_kl"], row["clipfrac"]) == (1, 0, 0)
+
+    # Policy at rest (no float32 weight feels 1e-30): the same in all epochs of all minibatches.
+    calls.clear()
+    cfg = replace(cfg, out=str(tmp_path / "b"), lr=1e-30, ppo_epochs=3, minibatches=2)
+    ppo.main(cfg)
+    assert all(torch.equal(new, old) for new, old, _ in calls)
+    assert [row["kl"] for row in rows_of(cfg.out)] == [0, 0]
+
+
+def test_advantages_are_whitened_over_the_rollout_except_for_pg(
+    tmp_path, data, sft_folder, monkeypatch
+):
+    calls = record_policy_loss(monkeypatch)
+    flags = dict(ppo_epochs=1, steps=1, batch_size=8, minibatches=2, micro_tokens=40)
+    ppo.main(ppo_config(data, sft_folder, tmp_path / "clip", **flags))
+    whole = torch.cat([advantages for _, _, advantages in calls]).double()
+    assert whole.mean().item() == pytest.approx(0, abs=1e-5)
+    assert whole.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    calls.clear()
+    ppo.main(ppo_config(data, sft_folder, tmp_path / "pg", objective="pg", **flags))
+    whole = torch.cat([advantages for _, _, advantages in calls])
+    assert whole.min() >= -1  # a count, less the missing-EOS penalty: untouched
+    assert torch.equal(whole, whole.round())
+
+
+def test_stop_kl_ends_the_epochs(tmp_path, data, sft_folder):
+    """Epoch 1 measures KL 0, before its update; epoch 2 measures more than nothing."""
+    cfg = ppo_config(data, sft_folder, tmp_path / "a", ppo_epochs=4, stop_kl=1e-9)
+    ppo.main(cfg)
+    assert [row["epochs"] for row in rows_of(cfg.out)] == [2, 2]
+    cfg = replace(cfg, out=str(tmp_path / "b"), stop_kl=1e9)
+    ppo.main(cfg)
+    assert [row["epochs"] for row in rows_of(cfg.out)] == [4, 4]
+
+
+def test_kl_target_moves_kl_coef(tmp_path, data, sft_folder):
+    flags = dict(steps=4, kl_target=0.05, kl_coef=0.2, kl_horizon=40, lr=3e-2)
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags)
+    ppo.main(cfg)
+    rows = rows_of(cfg.out)
+    coef = 0.2
+    for row in rows:
+        assert row["kl_coef"] == pytest.approx(coef, rel=1e-4)
+        error = min(0.2, max(-0.2, row["kl"] / 0.05 - 1))
+        coef *= 1 + error * 4 / 40
+    assert rows[1]["kl_coef"] < 0.2 and rows[3]["kl_coef"] > rows[2]["kl_coef"]
+
+
+def test_beta_adapts_with_the_kl_objective(tmp_path, data, sft_folder):
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", objective="kl", steps=3, beta=8.0)
+    ppo.main(replace(cfg, beta_target=1e6))
+    assert [row["beta"] for row in rows_of(cfg.out)] == [8, 4, 2]
+    ppo.main(replace(cfg, beta_target=1e-12, overwrite=True))
+    assert [row["beta"] for row in rows_of(cfg.out)] == [8, 16, 32]
+
+
+def test_ptx_mixes_the_sft_loss_in(tmp_path, data, sft_folder):
+    path = tmp_path / "ptx.jsonl"
+    write(path, [dict(prompt=q, completion=a) for q, a in zip(QUESTIONS, ANSWERS)])  # 4 lines
+    cfg = ppo_config(data, sft_folder, tmp_path / "a", steps=1, ppo_epochs=1, micro_tokens=30)
+    ppo.main(cfg)
+    ptx = replace(cfg, out=str(tmp_path / "b"), ptx_coef=0.5, ptx_data=str(path))
+    ppo.main(ptx)
+    model = AutoModelForCausalLM.from_pretrained(sft_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(sft_folder)
+    loss, tokens = plain_sft_loss(model, tokenizer, common.read_jsonl(path))
+    assert "ptx_loss" not in rows_of(cfg.out)[0]
+    assert rows_of(ptx.out)[0]["ptx_loss"] == pytest.approx(loss.item() / tokens, rel=1e-5)
+    without, mixed = weights_of(cfg.out), weights_of(ptx.out)
+    assert any(not torch.equal(without[name], mixed[name]) for name in without)
+
+
+def test_missing_eos_costs_what_it_says(tmp_path, data, sft_folder):
+    flags = dict(max_new_tokens=1, missing_eos_penalty=2.5, kl_coef=0.0, batch_size=32)
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags)
+    ppo.main(cfg)
+    for row in rows_of(cfg.out):
+        penalty = 2.5 * (1 - row["eos_rate"])
+        assert row["score_penalised"] == pytest.approx(row["score"] - penalty, abs=1e-5)
+        assert row["reward"] == pytest.approx(row["score_penalised"], abs=1e-5)
+        assert row["response_len"] == 1 and row["eos_rate"] < 1
+
+
+def test_reward_fn_scores_the_decoded_responses(tmp_path, data, sft_folder):
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", max_new_tokens=12)
+    ppo.main(replace(cfg, gold_fn=cfg.reward_fn))
+    samples = rows_of(cfg.out, "samples")
+    for when in ("before", "after"):
+        assert [s[f"score_{when}"] for s in samples] == [s[when].count("e") for s in samples]
+        good = sum(s[when].count("e") >= 0.5 for s in samples) / 3
+        assert eval_of(cfg.out)[f"gold_{when}"] == pytest.approx(good, abs=1e-6)
+    assert sum(s["before"].count("e") for s in samples) > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_reward_model_with_another_tokenizer_reads_the_text(
+    tmp_path, data, sft_folder, tiny_tokenizer, tiny_llama, kind
+):
+    other = tiny_tokenizer(290)
+    if kind == "llama":
+        base = tiny_llama(len(other), seed=3)
+        base.save_pretrained(tmp_path / "base")
+        other.save_pretrained(tmp_path / "base")
+        cfg = reward_config(data, tmp_path / "base", tmp_path / "r", lr=0.05)
+        reward.main(cfg)
+    else:
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_labels=1)
+        config = BertConfig(
+            vocab_size=len(other), num_attention_heads=2, pad_token_id=0, **sizes,
+            initializer_range=0.5,
+        )  # fmt: skip
+        BertForSequenceClassification(config).save_pretrained(tmp_path / "r")
+        other.save_pretrained(tmp_path / "r")
+    cfg = ppo_config(
+        data, sft_folder, tmp_path / "ppo", reward_fn="", reward=str(tmp_path / "r"),
+        max_new_tokens=12,
+    )  # fmt: skip
+    ppo.main(cfg)
+    samples = rows_of(cfg.out, "samples")
+    for when in ("before", "after"):
+        examples = []
+        for sample in samples:
+            response = other(sample[when], add_special_tokens=False)["input_ids"]
+            examples.append(other(sample["prompt"])["input_ids"] + response + [2])
+        expected = plain_scores(tmp_path / "r", examples)
+        assert [s[f"score_{when}"] for s in samples] == pytest.approx(expected, abs=1e-4)
+        assert max(expected) - min(expected) > 1e-3
+
+
+def test_trace_prints_one_line_a_token(tmp_path, data, sft_folder, capsys):
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", steps=1, trace=1, lam=1.0)
+    ppo.main(cfg)
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.split()[:2] == ["token", "logprob"]]
+    names = lines[at].split()[1:]
+    assert {"logprob", "ref_logprob", "kl", "reward", "value", "advantage", "return"} == set(names)
+    table = []
+    for line in lines[at + 1 :]:
+        try:
+            table.append(dict(zip(names, map(float, line[14:].split()))))
+        except ValueError:
+            break
+        if len(table[-1]) < len(names):
+            table.pop()
+            break
+    assert 1 <= len(table) <= 6
+    for i, row in enumerate(table):
+        assert row["kl"] == 0 and row["logprob"] == row["ref_logprob"] < 0
+        assert row["reward"] == 0 or i == len(table) - 1
+        # With lam 1 and no KL yet, every return is what comes at the end.
+        assert row["return"] == pytest.approx(table[-1]["reward"], abs=1e-3)
+        assert row["advantage"] == pytest.approx(row["return"] - row["value"], abs=1e-3)
+
+
+def test_chat_messages_through_the_template(tmp_path, data, tiny_folder, capsys):
+    turns = str(data / "turns.jsonl")
+    cfg = sft_config(data, tiny_folder, tmp_path / "sft", data=turns, eval_data=turns, steps=0)
+    sft.main(cfg)
+    # Here the template writes <bos> + user + assistant + <eos>, as plain prompts are encoded too.
+    plain = sft_config(data, tiny_folder, tmp_path / "plain", steps=0)
+    sft.main(plain)
+    assert eval_of(cfg.out) == eval_of(plain.out)
+    cfg = ppo_config(
+        data, tmp_path / "sft", tmp_path / "ppo", data=str(data / "chat_prompts.jsonl"),
+        eval_data=turns,
+    )  # fmt: skip
+    ppo.main(cfg)
+    samples = rows_of(cfg.out, "samples")
+    assert samples[0]["prompt"] == chat("user", QUESTIONS[0]) and len(samples) == 12
+
+
+# the gradient does not depend on the micro-batches
+
+
+def gradients_of(monkeypatch, module, cfg):
+    """Run a stage and return its gradients, each before it is clipped."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def keep(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        seen.append(torch.cat([p.grad.flatten().clone() for p in parameters if p.grad is not None]))
+        return clip(parameters, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+        module.main(cfg)
+    return seen
+
+
+@pytest.mark.parametrize("objective", ["clip", "pg"])
+def test_ppo_gradients_do_not_depend_on_micro_tokens(
+    tmp_path, data, sft_folder, monkeypatch, objective
+):
+    found = {}
+    for micro_tokens in (1, 60, 10_000):
+        cfg = ppo_config(
+            data, sft_folder, tmp_path / str(micro_tokens), micro_tokens=micro_tokens, steps=1,
+            batch_size=8, minibatches=2, ppo_epochs=1, objective=objective, lr=1e-30,
+            value_lr=1e-30,
+        )  # fmt: skip
+        found[micro_tokens] = gradients_of(monkeypatch, ppo, cfg)
+    assert len(found[1]) == 4  # policy and value, two minibatches
+    for micro_tokens in (60, 10_000):
+        for a, b in zip(found[1], found[micro_tokens]):
+            assert torch.allclose(a, b, atol=2e-5 * a.abs().max().item()) and a.abs().max() > 0
+
+
+def test_sft_gradient_is_that_of_the_plain_loss(tmp_path, data, tiny_folder, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    total, tokens = plain_sft_loss(model, tokenizer, common.read_jsonl(data / "sft.jsonl"))
+    (total / tokens).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for micro_tokens in (1, 60, 10_000):
+        out = tmp_path / str(micro_tokens)
+        flags = dict(batch_size=12, steps=1, micro_tokens=micro_tokens)
+        cfg = sft_config(data, tiny_folder, out, **flags)
+        (found,) = gradients_of(monkeypatch, sft, cfg)
+        assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max().item())
+        assert rows_of(out)[0]["loss"] == pytest.approx(total.item() / tokens, rel=1e-5)
+
+
+# bad input: one line, exit 2, nothing written
+
+
+def command_line(monkeypatch, name, cfg, *more):
+    """Run a stage the way `python name.py` does; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags_of(cfg), *more])
+    try:
+        common.command_line(STAGES[name].Config, STAGES[name].main, STAGES[name].__doc__)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+BAD = [
+    ("sft", dict(model="nowhere/at/all"), "nowhere/at/all"),
+    ("sft", dict(data="missing.jsonl"), "missing.jsonl"),
+    ("sft", dict(data="broken.jsonl"), "broken.jsonl:2"),
+    ("sft", dict(data="empty.jsonl"), "empty.jsonl"),
+    ("sft", dict(data="prompts.jsonl"), "prompts.jsonl:1"),
+    ("sft", dict(eval_data="prompts.jsonl"), "prompts.jsonl:1"),
+    ("sft", dict(data="one.jsonl", eval_data=""), "--eval_data"),
+    ("sft", dict(max_length=2), "2 tokens"),
+    ("sft", dict(lr=0.0), "--lr"),
+    ("sft", dict(batch_size=0), "--batch_size"),
+    ("sft", dict(device="abacus"), "--device"),
+    ("reward", dict(model="nowhere/at/all"), "nowhere/at/all"),
+    ("reward", dict(data="lists.jsonl"), "--loss"),
+    ("reward", dict(loss="bradley"), "--loss"),
+    ("reward", dict(data="ties.jsonl", loss="listwise"), "ties.jsonl"),
+    ("reward", dict(epochs=0.0), "--epochs"),
+    ("ppo", dict(policy="nowhere/at/all"), "nowhere/at/all"),
+    ("ppo", dict(policy="REWARD"), "causal"),
+    ("ppo", dict(reward="SFT", reward_fn=""), "reward model"),
+    ("ppo", dict(value="SFT"), "reward model"),
+    ("ppo", dict(ref="REWARD"), "causal"),
+    ("ppo", dict(data="scores_only.jsonl"), "scores_only.jsonl:1"),
+    ("ppo", dict(batch_size=4, minibatches=3), "--minibatches"),
+    ("ppo", dict(temperature=0.0), "--temperature"),
+    ("ppo", dict(objective="trpo"), "--objective"),
+    ("ppo", dict(reward_fn="nowhere.py:score"), "nowhere.py:score"),
+    ("ppo", dict(reward_fn="rule.py:nothing"), "nothing"),
+    ("ppo", dict(reward_fn="rules.py:raises"), "ZeroDivisionError"),
+    ("ppo", dict(reward_fn="rules.py:too_few"), "finite scores"),
+    ("ppo", dict(reward_fn="rules.py:not_finite"), "finite scores"),
+    ("ppo", dict(gold_fn="rules.py:raises"), "ZeroDivisionError"),
+    ("ppo", dict(ptx_coef=0.1, ptx_data="prompts.jsonl"), "prompts.jsonl:1"),
+    ("ppo", dict(max_prompt_tokens=1), "prompts"),
+]
+
+
+@pytest.mark.parametrize("name, flags, says", BAD)
+def test_bad_input_is_one_line_and_nothing_written(
+    tmp_path, data, sft_folder, reward_folder, monkeypatch, capsys, name, flags, says
+):
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    write(tmp_path / "one.jsonl", [dict(prompt="a", completion="b")])
+    write(tmp_path / "ties.jsonl", [dict(prompt="a", responses=["b", "c"], ranks=[1, 1])])
+    write(tmp_path / "scores_only.jsonl", [dict(score=1)])
+    (tmp_path / "rules.py").write_text(
+        "raises = lambda prompts, responses: [1 / 0]\n"
+        "too_few = lambda prompts, responses: [1.0]\n"
+        "not_finite = lambda prompts, responses: [float('nan') for r in responses]\n"
+    )
+    folders = dict(SFT=str(sft_folder), REWARD=str(reward_folder))
+    flags = {k: folders.get(v, v) for k, v in flags.items()}
+    monkeypatch.chdir(tmp_path)
+    cfg = CONFIGS[name](tmp_path, sft_folder, tmp_path / "out", **flags)
+    assert command_line(monkeypatch, name, cfg) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    assert error.startswith(f"{name}.py: ") and says in error
+    assert not (tmp_path / "out").exists()
+
+
+# the run folder
+
+
+def test_an_existing_run_is_refused_and_overwritten(
+    tmp_path, data, tiny_folder, monkeypatch, capsys
+):
+    cfg = sft_config(data, tiny_folder, tmp_path / "out", steps=1)
+    assert command_line(monkeypatch, "sft", cfg) == 0
+    before = weights_of(cfg.out)
+    for more in (dict(), dict(resume=True)):  # a finished run has nothing to resume
+        capsys.readouterr()
+        assert command_line(monkeypatch, "sft", replace(cfg, seed=1, **more)) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and str(cfg.out) in error
+        if not more:
+            assert all(flag in error for flag in ("--resume", "--overwrite", "--out"))
+    assert command_line(monkeypatch, "sft", replace(cfg, resume=True)) == 2
+    assert "finished" in capsys.readouterr().err
+    after = weights_of(cfg.out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    assert command_line(monkeypatch, "sft", replace(cfg, seed=1, overwrite=True)) == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["seed"] == 1
+    after = weights_of(cfg.out)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_folder_that_holds_no_run_is_never_replaced(
+    tmp_path, data, tiny_folder, monkeypatch, capsys
+):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    cfg = sft_config(data, tiny_folder, tmp_path, overwrite=True)
+    assert command_line(monkeypatch, "sft", cfg) == 2
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def interrupt_after(patch, step, crash=False):
+    """From now on a run is sent Ctrl-C (or dies) when it logs `step`."""
+    log = common.Run.log
+
+    def log_and_stop(self, *args, **kwargs):
+        log(self, *args, **kwargs)
+        if self.step == step:
+            if crash:
+                raise RuntimeError("power cut")
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patch.setattr(common.Run, "log", log_and_stop)
+
+
+def test_every_knob_of_the_runs_that_are_stopped_below():
+    """Stopping must be tested where something could be forgotten: adapted coefs, ptx, warm-up."""
+    assert set(STOPPED) == set(STAGES)
+
+
+STOPPED = dict(
+    sft=dict(steps=5, warmup=2, epochs=3.0),
+    reward=dict(steps=5, warmup=2, epochs=3.0),
+    ppo=dict(
+        steps=5, warmup=2, objective="kl", kl_target=1.0, kl_horizon=20, beta_target=1e-9,
+        ppo_epochs=2, minibatches=2, ptx_coef=0.1, lr_schedule="linear",
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["ctrl_c", "crash"])
+@pytest.mark.parametrize("name", STAGES)
+def test_stopped_and_resumed_is_bit_for_bit_the_same(
+    tmp_path, data, sft_folder, reward_folder, monkeypatch, name, how
+):
+    flags = STOPPED[name] | dict(save_every=2)
+    if name == "ppo":
+        flags |= dict(ptx_data=str(data / "sft.jsonl"), reward_fn="", reward=str(reward_folder))
+    whole = CONFIGS[name](data, sft_folder, tmp_path / "whole", **flags)
+    parts = replace(whole, out=str(tmp_path / "parts"))
+    STAGES[name].main(whole)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, crash=how == "crash")
+        with pytest.raises(SystemExit if how == "ctrl_c" else RuntimeError) as end:
+            STAGES[name].main(parts)
+    if how == "ctrl_c":
+        assert end.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(rows_of(parts.out)) == 3 and not (tmp_path / "parts/eval.json").exists()
+    with pytest.raises(common.UserError, match="--resume"):
+        STAGES[name].main(parts)
+    with pytest.raises(common.UserError, match="seed"):
+        STAGES[name].main(replace(parts, resume=True, seed=7))
+    STAGES[name].main(replace(parts, resume=True))
+
+    a, b = weights_of(whole.out), weights_of(parts.out)
+    assert set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
+    assert eval_of(whole.out) == eval_of(parts.out)
+    rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in rows_of(cfg.out)]
+            for cfg in (whole, parts)]  # fmt: skip
+    assert rows[0] == rows[1] and len(rows[0]) == 5
+    names = [{path.name for path in Path(cfg.out).iterdir()} for cfg in (whole, parts)]
+    assert names[0] == names[1]
+    if name == "ppo":
+        assert rows_of(whole.out, "samples") == rows_of(parts.out, "samples")
+
+
+# does it learn?
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("objective", ["clip", "kl"])
+def test_ppo_learns_a_rule(tmp_path, data, tiny_folder, objective, seed):
+    """From a random model: the share of "e" in the response rises to most of it."""
+    (tmp_path / "share.py").write_text(
+        "def share(prompts, responses):\n"
+        "    return [r.count('e') / max(1, len(r)) for r in responses]\n"
+    )
+    cfg = ppo_config(
+        data, tiny_folder, tmp_path / "ppo", reward_fn=f"{tmp_path / 'share.py'}:share", seed=seed,
+        objective=objective, steps=12, batch_size=32, max_new_tokens=6, kl_coef=0.0, lr=1e-2,
+        value_lr=1e-2, missing_eos_penalty=0.0, micro_tokens=2048, beta_target=0.05,
+    )  # fmt: skip
+    ppo.main(cfg)
+    rows, results = rows_of(cfg.out), eval_of(cfg.out)
+    print([row["score"] for row in rows], results)
+    assert rows[0]["score"] < 0.2 and rows[-1]["score"] > 0.5
+    assert results["score_after"] > results["score_before"] + 0.3
