@@ -65,7 +65,7 @@ class Config:
     slots: int = HfArg(default=256, help="sequences generated at once")
     # 2 score
     missing_eos_penalty: float = HfArg(default=1.0, help="off the score of a cut response")
-    kl_coef: float = HfArg(default=0.3, help="reward lost per nat from the reference; often 0.05")
+    kl_coef: float = HfArg(default=0.4, help="reward lost per nat from the reference; often 0.05")
     kl_target: float = HfArg(default=0.0, help="adapt kl_coef to this, nats a response; 0: no")
     kl_horizon: int = HfArg(default=10000, help="episodes over which kl_coef adapts")
     # 3 advantages
@@ -75,7 +75,7 @@ class Config:
     objective: Literal["clip", "kl", "pg"] = HfArg(default="clip", help="(8.20), (8.21) or (8.8)")
     ppo_epochs: int = HfArg(default=4, help="K, passes over each rollout; pg takes one")
     minibatches: int = HfArg(default=1, help="optimiser steps a pass")
-    lr: float = HfArg(default=5e-4, help="policy's peak rate; about 3e-6 for a real model")
+    lr: float = HfArg(default=7e-4, help="policy's peak rate; about 3e-6 for a real model")
     value_lr: float = HfArg(default=1e-3, help="value model's; about 1e-5 for a real one")
     warmup: int = HfArg(default=5, help="PPO steps of linear warm-up")
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")

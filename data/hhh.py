@@ -112,8 +112,8 @@ TASKS = [
         fine="It is {one}.", curt="{category}.",
         noise="A {category} that I know: {wrong_one}. / One {category} is called {wrong_one}."),
     Task("helpful", "sentence",
-        cross(table("animal", "cat / dog / horse / cow / bird / fox / duck / pig"),
-            table("place", "garden / forest / river / house"), DOES),
+        cross(table("animal", "cat / dog / horse / bird / fox / pig"),
+            table("place", "garden / river / house"), DOES),
         cross(table("animal", "zebra / camel"), table("place", "desert / jungle"), DOES),
         ask="Write a sentence about a {animal} in the {place}. / Write one line on a {animal} in"
             " the {place}. / Give me a sentence with a {animal} in the {place}.",
@@ -382,7 +382,7 @@ def utility(rng, question, text):
 
 
 def demonstration(rng, question):
-    good = rng.random() < 0.5
+    good = rng.random() < 0.55
     text = pick(rng, question.good) if good else bad_answer(rng, question)
     return {"prompt": question.prompt, "completion": text}
 

@@ -39,7 +39,7 @@ def make_llama(vocab_size, seed=0, **settings):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """A function: tiny_tokenizer() -> a new byte-level BPE tokenizer with <pad> 0, <bos> 1, <eos> 2."""
+    """A function: tiny_tokenizer(vocab_size=320) -> a new BPE with <pad> 0, <bos> 1, <eos> 2."""
     return make_tokenizer
 
 

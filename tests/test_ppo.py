@@ -324,4 +324,4 @@ def test_ppo_on_exact_expectations_finds_the_best_trajectory():
             logits.data -= 0.5 * step
     assert all(later > sooner for sooner, later in zip(means, means[1:]))
     best = max(score_of(tau) for tau in TRAJECTORIES)
-    assert means[0] < 0.3 * best and means[-1] > 0.9 * best
+    assert means[0] < 0.7 * best and means[-1] > 0.95 * best

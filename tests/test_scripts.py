@@ -35,7 +35,19 @@ CLOCK = """seconds peak_memory_gib rollout_seconds update_seconds rollout_tokens
 
 QUESTIONS = ["What is the capital?", "tell me a story", "boil an egg", "the sea", "你好", "How?"]
 ANSWERS = ["The capital is Paris.", "Once there was a boat.", "Put it into hot water.", "wait"]
-LETTER_RULE = "def score(prompts, responses):\n    return [r.count('e') for r in responses]\n"
+RULES = """
+def letters(response):
+    return sum(c.isascii() and c.isalpha() for c in response)
+
+def score(prompts, responses):
+    return [letters(r) for r in responses]
+
+def share(prompts, responses):
+    return [letters(r) / max(1, len(r)) for r in responses]
+
+def constant(prompts, responses):
+    return [1 for r in responses]
+"""
 
 
 def write(path, rows):
@@ -62,30 +74,30 @@ def data(tmp_path_factory):
     turns = [dict(messages=chat("user", q) + chat("assistant", a)) for q, a in answered]
     write(folder / "turns.jsonl", turns)
     write(folder / "chat_prompts.jsonl", [dict(prompt=chat("user", q)) for q in QUESTIONS])
-    (folder / "rule.py").write_text(LETTER_RULE)
+    (folder / "rule.py").write_text(RULES)
     return folder
 
 
-def sft_config(data, folder, out, **flags):
+def sft_config(files, folder, out, **flags):
     settings = dict(
-        model=str(folder), data=str(data / "sft.jsonl"), eval_data=str(data / "sft.jsonl"),
+        model=str(folder), data=str(files / "sft.jsonl"), eval_data=str(files / "sft.jsonl"),
         batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
     )  # fmt: skip
     return sft.Config(**(settings | flags))
 
 
-def reward_config(data, folder, out, **flags):
+def reward_config(files, folder, out, **flags):
     settings = dict(
-        model=str(folder), data=str(data / "pairs.jsonl"), eval_data=str(data / "pairs.jsonl"),
+        model=str(folder), data=str(files / "pairs.jsonl"), eval_data=str(files / "pairs.jsonl"),
         batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
     )  # fmt: skip
     return reward.Config(**(settings | flags))
 
 
-def ppo_config(data, folder, out, **flags):
+def ppo_config(files, folder, out, **flags):
     settings = dict(
-        policy=str(folder), reward_fn=f"{data / 'rule.py'}:score", data=str(data / "prompts.jsonl"),
-        eval_data=str(data / "eval_prompts.jsonl"), batch_size=4, steps=2, max_new_tokens=6,
+        policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
+        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"), batch_size=4, steps=2, max_new_tokens=6,
         lr=1e-3, warmup=0, lr_schedule="constant", sample_every=0, device="cpu", out=str(out),
     )  # fmt: skip
     return ppo.Config(**(settings | flags))
@@ -105,13 +117,26 @@ def flags_of(cfg):
     return flags
 
 
+def strict(text):
+    """JSON as other languages read it: no NaN, no Infinity."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def rows_of(out, name="metrics"):
     text = (Path(out) / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [strict(line) for line in text.splitlines()]
 
 
 def eval_of(out):
-    return json.loads((Path(out) / "eval.json").read_text())
+    return strict((Path(out) / "eval.json").read_text(encoding="utf-8"))
+
+
+def letters(text):
+    return sum(c.isascii() and c.isalpha() for c in text)
 
 
 def weights_of(out):
@@ -120,7 +145,7 @@ def weights_of(out):
     return load_file(Path(out) / "model.safetensors")
 
 
-def plain_scores(out, examples, pooled_at_eos=True):
+def plain_scores(out, examples):
     """Scores of lists of ids, each alone through plain transformers, less the stored mean."""
     model = AutoModelForSequenceClassification.from_pretrained(out).eval()
     with torch.no_grad():
@@ -214,10 +239,12 @@ LOSSES = [("pairwise", "pairs"), ("pointwise", "scores"), ("listwise", "lists")]
 @pytest.mark.parametrize("loss, file", LOSSES)
 def test_reward_outputs(tmp_path, data, sft_folder, loss, file):
     path = str(data / f"{file}.jsonl")
-    cfg = reward_config(data, sft_folder, tmp_path / "r", loss=loss, data=path, steps=12)
-    reward.main(replace(cfg, eval_data=path))
+    cfg = reward_config(
+        data, sft_folder, tmp_path / "r", loss=loss, data=path, eval_data=path, steps=12
+    )
+    reward.main(cfg)
     rows, results = rows_of(cfg.out), eval_of(cfg.out)
-    assert len(rows) == 3 * 3 if cfg.epochs == 3 else len(rows) == min(12, 3)
+    assert [row["step"] for row in rows] == [1, 2, 3]  # one epoch of 12 lines, 4 a step
     assert {"accuracy", "loss", "n"} <= set(results) and results["n"] == 12
     (interval,) = [v for v in results.values() if isinstance(v, list)]
     assert interval[0] <= results["accuracy"] <= interval[1]
@@ -252,6 +279,40 @@ def test_ppo_outputs(tmp_path, data, sft_folder, reward_folder, objective):
     AutoModelForCausalLM.from_pretrained(cfg.out)
     AutoTokenizer.from_pretrained(cfg.out)
     assert not list(Path(cfg.out).glob("checkpoint*")) + list(Path(cfg.out).glob("*.tmp"))
+
+
+def test_one_held_out_point_orders_nothing(tmp_path, data, sft_folder):
+    """With 12 lines the last 5% is one: no pair to order, and eval.json must still be JSON."""
+    path = str(data / "scores.jsonl")
+    cfg = reward_config(
+        data, sft_folder, tmp_path / "r", loss="pointwise", data=path, eval_data=""
+    )
+    reward.main(cfg)
+    results = eval_of(cfg.out)
+    assert results["n"] == 1 and results["accuracy"] is None
+
+
+def test_held_out_judgements_of_another_form(tmp_path, data, sft_folder):
+    """Pointwise training on scores, judged on pairs (the embedded default), and on a mixture."""
+    scores, pairs = str(data / "scores.jsonl"), str(data / "pairs.jsonl")
+    flags = dict(loss="pointwise", data=scores, eval_data=pairs)
+    cfg = reward_config(data, sft_folder, tmp_path / "r", **flags)
+    reward.main(cfg)
+    assert eval_of(cfg.out)["n"] == 12
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(Path(scores).read_text() + Path(pairs).read_text())
+    found = []
+    for micro_tokens in (1, 10_000):  # one judgement a forward; all of them in one
+        out = tmp_path / str(micro_tokens)
+        flags = dict(eval_data=str(mixed), out=str(out), micro_tokens=micro_tokens, lr=1e-30)
+        try:
+            reward.main(replace(cfg, **flags))
+        except common.UserError as refused:
+            assert "mixed.jsonl" in str(refused)
+            return
+        found.append(eval_of(out))
+    for key in ("accuracy", "loss"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-4), key
 
 
 # ppo.py: the algorithm's promises
@@ -369,10 +430,21 @@ def test_reward_fn_scores_the_decoded_responses(tmp_path, data, sft_folder):
     ppo.main(replace(cfg, gold_fn=cfg.reward_fn))
     samples = rows_of(cfg.out, "samples")
     for when in ("before", "after"):
-        assert [s[f"score_{when}"] for s in samples] == [s[when].count("e") for s in samples]
-        good = sum(s[when].count("e") >= 0.5 for s in samples) / 3
+        assert [s[f"score_{when}"] for s in samples] == [letters(s[when]) for s in samples]
+        good = sum(letters(s[when]) > 0 for s in samples) / 3
         assert eval_of(cfg.out)[f"gold_{when}"] == pytest.approx(good, abs=1e-6)
-    assert sum(s["before"].count("e") for s in samples) > 0
+    assert sum(letters(s["before"]) for s in samples) > 0
+
+
+def test_a_constant_reward_leaves_no_nan_in_the_log(tmp_path, data, sft_folder):
+    """Returns without a spread: nothing to explain, and still JSON (rows_of refuses NaN)."""
+    cfg = ppo_config(
+        data, sft_folder, tmp_path / "ppo", reward_fn=f"{data / 'rule.py'}:constant",
+        missing_eos_penalty=0.0, kl_coef=0.0, max_new_tokens=1, lam=1.0,
+    )  # fmt: skip
+    ppo.main(cfg)
+    assert [row["score_std"] for row in rows_of(cfg.out)] == [0, 0]
+    assert all(w.isfinite().all() for w in weights_of(cfg.out).values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -409,6 +481,9 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(
         expected = plain_scores(tmp_path / "r", examples)
         assert [s[f"score_{when}"] for s in samples] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
+    if kind == "bert":  # no value for each token
+        with pytest.raises(common.UserError, match="causal"):
+            ppo.main(replace(cfg, value=str(tmp_path / "r"), out=str(tmp_path / "v")))
 
 
 def test_trace_prints_one_line_a_token(tmp_path, data, sft_folder, capsys):
@@ -451,6 +526,14 @@ def test_chat_messages_through_the_template(tmp_path, data, tiny_folder, capsys)
     ppo.main(cfg)
     samples = rows_of(cfg.out, "samples")
     assert samples[0]["prompt"] == chat("user", QUESTIONS[0]) and len(samples) == 12
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(tmp_path / "bare")
+    bare = sft_config(data, tmp_path / "bare", tmp_path / "none", data=turns)
+    with pytest.raises(common.UserError, match="turns.jsonl:1: .*chat template"):
+        sft.main(bare)
 
 
 # the gradient does not depend on the micro-batches
@@ -632,11 +715,7 @@ def interrupt_after(patch, step, crash=False):
     patch.setattr(common.Run, "log", log_and_stop)
 
 
-def test_every_knob_of_the_runs_that_are_stopped_below():
-    """Stopping must be tested where something could be forgotten: adapted coefs, ptx, warm-up."""
-    assert set(STOPPED) == set(STAGES)
-
-
+# Everything that a checkpoint could forget: warm-up, adapted coefficients, ptx.
 STOPPED = dict(
     sft=dict(steps=5, warmup=2, epochs=3.0),
     reward=dict(steps=5, warmup=2, epochs=3.0),
@@ -647,32 +726,38 @@ STOPPED = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["ctrl_c", "crash"])
-@pytest.mark.parametrize("name", STAGES)
-def test_stopped_and_resumed_is_bit_for_bit_the_same(
-    tmp_path, data, sft_folder, reward_folder, monkeypatch, name, how
-):
+@pytest.fixture(scope="module", params=STAGES)
+def whole(request, tmp_path_factory, data, sft_folder, reward_folder):
+    """A stage, and its run that nothing stopped."""
+    name = request.param
     flags = STOPPED[name] | dict(save_every=2)
     if name == "ppo":
         flags |= dict(ptx_data=str(data / "sft.jsonl"), reward_fn="", reward=str(reward_folder))
-    whole = CONFIGS[name](data, sft_folder, tmp_path / "whole", **flags)
-    parts = replace(whole, out=str(tmp_path / "parts"))
-    STAGES[name].main(whole)
+    out = tmp_path_factory.mktemp("whole") / name
+    cfg = CONFIGS[name](data, sft_folder, out, **flags)
+    STAGES[name].main(cfg)
+    return name, cfg
 
-    handler = signal.getsignal(signal.SIGINT)
+
+@pytest.mark.parametrize("crash, step", [(False, 3), (False, 5), (True, 1), (True, 3)])
+def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, whole, monkeypatch, crash, step):
+    """Checkpoints at 2 and 4: Ctrl-C in the middle and in the last step, a crash before the first
+    checkpoint and after it (its step 3 is in the log already, and is run again)."""
+    name, whole = whole
+    parts = replace(whole, out=str(tmp_path / name))
+    main, handler = STAGES[name].main, signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 3, crash=how == "crash")
-        with pytest.raises(SystemExit if how == "ctrl_c" else RuntimeError) as end:
-            STAGES[name].main(parts)
-    if how == "ctrl_c":
-        assert end.value.code == 128 + signal.SIGINT
+        interrupt_after(patch, step, crash)
+        with pytest.raises(RuntimeError if crash else SystemExit) as end:
+            main(parts)
+    assert crash or end.value.code == 128 + signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is handler
-    assert len(rows_of(parts.out)) == 3 and not (tmp_path / "parts/eval.json").exists()
+    assert len(rows_of(parts.out)) == step and not (tmp_path / name / "eval.json").exists()
     with pytest.raises(common.UserError, match="--resume"):
-        STAGES[name].main(parts)
+        main(parts)
     with pytest.raises(common.UserError, match="seed"):
-        STAGES[name].main(replace(parts, resume=True, seed=7))
-    STAGES[name].main(replace(parts, resume=True))
+        main(replace(parts, resume=True, seed=7))
+    main(replace(parts, resume=True))
 
     a, b = weights_of(whole.out), weights_of(parts.out)
     assert set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
@@ -689,21 +774,15 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
 # does it learn?
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("objective", ["clip", "kl"])
+@pytest.mark.parametrize("objective, seed", [("clip", 0), ("clip", 1), ("clip", 2), ("kl", 0)])
 def test_ppo_learns_a_rule(tmp_path, data, tiny_folder, objective, seed):
-    """From a random model: the share of "e" in the response rises to most of it."""
-    (tmp_path / "share.py").write_text(
-        "def share(prompts, responses):\n"
-        "    return [r.count('e') / max(1, len(r)) for r in responses]\n"
-    )
+    """From a random model: the share of ASCII letters in the response rises to most of it."""
     cfg = ppo_config(
-        data, tiny_folder, tmp_path / "ppo", reward_fn=f"{tmp_path / 'share.py'}:share", seed=seed,
-        objective=objective, steps=12, batch_size=32, max_new_tokens=6, kl_coef=0.0, lr=1e-2,
-        value_lr=1e-2, missing_eos_penalty=0.0, micro_tokens=2048, beta_target=0.05,
+        data, tiny_folder, tmp_path / "ppo", reward_fn=f"{data / 'rule.py'}:share", seed=seed,
+        objective=objective, steps=8, batch_size=32, lr=2e-2, value_lr=1e-2, kl_coef=0.0,
+        missing_eos_penalty=0.0, micro_tokens=2048, beta=0.1, beta_target=0.3,
     )  # fmt: skip
     ppo.main(cfg)
-    rows, results = rows_of(cfg.out), eval_of(cfg.out)
-    print([row["score"] for row in rows], results)
-    assert rows[0]["score"] < 0.2 and rows[-1]["score"] > 0.5
-    assert results["score_after"] > results["score_before"] + 0.3
+    scores, results = [row["score"] for row in rows_of(cfg.out)], eval_of(cfg.out)
+    assert scores[0] < 0.5 and scores[-1] > 0.8
+    assert results["score_after"] > results["score_before"] + 0.2
