@@ -285,17 +285,18 @@ def slots_agree(model):
     has_plain_head(model)  # found while the model's own attention is still in place
     ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
     slots = Slots(2, 10, 2, model.device)
+    training = model.training
+    model.eval()  # no dropout between the two
     try:
+        plain = [model(ids[None, :n], use_cache=False).logits[0, -1] for n in (6, 9)]
         with slot_model(model):
             prefill(model, slots, [0, 1], [ids[:5].tolist(), ids[:8].tolist()])
             slots.token[:] = ids[[5, 8]]
             step = decode(model, slots, 10)
-        training = model.training
-        model.eval()
-        plain = [model(ids[None, :n], use_cache=False).logits[0, -1] for n in (6, 9)]
-        model.train(training)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
+    finally:
+        model.train(training)
     gap = (step.float() - torch.stack(plain).float()).abs().max()
     return bool(gap < (1e-3 if model.dtype == torch.float32 else 0.3))  # bfloat16 is coarse
 
@@ -361,13 +362,13 @@ def choose_device(name):
     return torch.device(name)
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, needs_eos=True):
     """The tokenizer of a folder or hub name. Raises UserError if there is none or it lacks EOS."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: no tokenizer to load ({str(error).splitlines()[0]})") from None
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
     return tokenizer
 
@@ -404,7 +405,7 @@ def scores_tokens(model):
     ids = torch.tensor([[i for i in range(2, 12) if i != pad]], device=model.device)
     pooled = model(input_ids=ids).logits[0, 0].float()
     last = model.score(model.base_model(input_ids=ids).last_hidden_state)[0, -1, 0].float()
-    return bool((pooled - last).abs() <= 0.02 * pooled.abs().clamp(min=1))
+    return bool((pooled - last).abs() <= 0.02 * pooled.abs())
 
 
 def architecture(model):
@@ -723,7 +724,8 @@ def assistant_turn(tokenizer, before, message, where):
             f"{where}: the chat template rewrites earlier turns, so none can be told apart"
         )
     ids = plain_ids(tokenizer, whole[len(start) :])
-    ends = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
+    special = set(tokenizer.all_special_ids)
+    ends = [i for i, token in enumerate(ids) if token in special]
     if not ends:
         return start, ids + [tokenizer.eos_token_id], []
     return start, ids[: ends[-1] + 1], ids[ends[-1] + 1 :]
@@ -940,7 +942,7 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
     """score(prompts, prompt_ids, responses) -> (B,) by a reward model.
 
     With the policy's tokenizer it reads the ids; with another one the text, rendered by its own
-    chat template.
+    chat template. An encoder reads prompt and response as a text pair, cut to its context.
     """
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
 
@@ -948,6 +950,11 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
     def score(prompts, prompt_ids, responses):
         if same:
             examples = [join(p, r) for p, r in zip(prompt_ids, responses)]
+        elif not reward.scores_tokens:
+            texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+            questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
+            pairs = reward_tokenizer(questions, texts, truncation=True)["input_ids"]
+            examples = [(ids, [0] + [1] * (len(ids) - 1)) for ids in pairs]
         else:
             texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
             examples = [
@@ -988,19 +995,16 @@ def write_jsonl(path, rows):
 
 
 class Run:
-    """A stage's folder: run.json (settings), metrics.jsonl, checkpoints, and at the end the model
-    and eval.json.
+    """A stage's folder: settings, metrics, checkpoints; at the end the model and eval.json.
 
-    run.begin(model=model, ...)     what a checkpoint holds; a resumed run gets it back here for
-    step in run.steps(total):   resumes, shows progress, checkpoints, stops cleanly on Ctrl-C and
-    SIGTERM run.log(score=..., kl=...)  one line of metrics.jsonl a step run.finish(model,
-    tokenizer, eval)
+    run.begin(model=model, ...)       what a checkpoint holds; a resumed run gets it back here
+    for step in run.steps(total):     progress, checkpoints, a clean stop on Ctrl-C and SIGTERM
+        run.log(("loss",), loss=...)  one line of metrics.jsonl a step
+    run.finish(model, tokenizer, results)
     """
 
     def __init__(self, cfg):
-        """Raises UserError when the folder holds another run and neither --resume nor
-        --overwrite says what to do.
-        """
+        """Raises UserError when the folder is taken and no flag says what to do; writes nothing."""
         self.cfg, self.out = cfg, Path(cfg.out)
         self.start, self.stop_signal = 0, None
         settings = asdict(cfg)

@@ -480,7 +480,7 @@ def main(cfg):
         reward, score = None, common.function_scorer(cfg.reward_fn, tokenizer)
     else:
         reward = common.load_reward(cfg.reward, device, frozen).requires_grad_(False)
-        reward_tokenizer = common.load_tokenizer(cfg.reward)
+        reward_tokenizer = common.load_tokenizer(cfg.reward, needs_eos=False)
         score = common.model_scorer(
             reward, reward_tokenizer, tokenizer, common.micro_tokens(cfg, device)
         )

@@ -144,14 +144,15 @@ SIZES = dict(
     eos_token_id=EOS,
 )  # fmt: skip
 GROUPED = SIZES | dict(intermediate_size=64, num_key_value_heads=2)
+UNTIED = dict(tie_word_embeddings=False)  # a tied random head mostly repeats the last token
 CONFIGS = {
     "qwen2": lambda: Qwen2Config(**GROUPED),
     "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=None),
-    "gemma": lambda: GemmaConfig(**GROUPED, head_dim=16),
+    "gemma": lambda: GemmaConfig(**GROUPED, head_dim=16, **UNTIED),
     "gpt2": lambda: GPT2Config(**SIZES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "neox": lambda: GPTNeoXConfig(**SIZES, intermediate_size=64),
-    "opt": lambda: OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
+    "opt": lambda: OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, **UNTIED),
 }
 PROMPTS = [[5, 6, 7, 8, 9], [11], [12, 13, 14], [15, 3, 4, 18, 19, 20, 21, 22], [30, 31], [40, 7]]
 
@@ -189,7 +190,7 @@ def test_greedy_equals_model_generate(family):
     model = cached_model(family)
     eos = some_eos(model)
     expected = plain_greedy(model, PROMPTS, 12, eos)
-    assert len({token for row in expected for token in row}) > 6  # no trivial repetition
+    assert len({token for row in expected for token in row}) > 8  # no trivial repetition
     assert len({len(row) for row in expected}) > 1  # some stop early
     assert common.slots_work(model, 20)
     assert common.generate(model, PROMPTS, 12, eos, temperature=0) == expected
@@ -928,6 +929,13 @@ def test_collate_of_ragged_rows():
     ]  # fmt: skip
 
 
+def test_paste_writes_real_tokens_only_into_its_own_rows():
+    grid = torch.full((5, 5), -1.0)
+    common.collate(EXAMPLES, [4, 3], CPU).paste(grid, torch.full((2, 5), 7.0))
+    assert grid[4].tolist() == [7.0] * 5 and grid[3].tolist() == [7.0, 0, 0, 0, 0]
+    assert (grid[:3] == -1).all()
+
+
 def test_micro_batches_as_its_docstring_says():
     assert common.micro_batches([3, 9, 4], 8) == [[0, 2], [1]]
 
@@ -957,8 +965,11 @@ def scorer_file(tmp_path, body):
 
 def test_function_scorer_gives_the_rule_texts_without_special_tokens(tmp_path, tiny_tokenizer):
     tokenizer = tiny_tokenizer()
-    spec = scorer_file(tmp_path, "def score(prompts, responses):\n"
-                       "    return [len(p) + 100 * len(r) for p, r in zip(prompts, responses)]\n")
+    spec = scorer_file(
+        tmp_path,
+        "def score(prompts, responses):\n"
+        "    return [len(p) + 100 * len(r) for p, r in zip(prompts, responses)]\n",
+    )
     responses = [common.encode_response(tokenizer, "p", text) for text in ("boat", "a")]
     score = common.function_scorer(spec, tokenizer)
     assert score(["ab", "c"], None, responses).tolist() == [402.0, 101.0]
@@ -987,9 +998,12 @@ def test_load_function_errors(tmp_path):
 
 
 def test_load_function_can_load_a_dataclass(tmp_path):
-    spec = scorer_file(tmp_path, "from __future__ import annotations\n"
-                       "from dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int\n\n"
-                       "def score(p, r):\n    return [A(1).x]\n")
+    spec = scorer_file(
+        tmp_path,
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int\n\n"
+        "def score(p, r):\n    return [A(1).x]\n",
+    )
     assert common.load_function(spec)(None, None) == [1]
 
 

@@ -1,4 +1,4 @@
-"""Stage 2: the three losses against plain loops, bad data, the saved model in plain transformers."""
+"""Stage 2: the three losses against plain loops, bad data, the model in plain transformers."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def log_sigmoid(x):
 
 
 def loop_listwise(rewards, ranks, mask):
-    """Loops over all pairs: the mean of each list's pairs, then the mean over lists that have one."""
+    """Over all pairs: the mean of each list's pairs, then the mean over lists that have one."""
     lists = []
     for r, rank, real in zip(rewards, ranks, mask):
         items = [(a, b) for a, b, m in zip(r, rank, real) if m]

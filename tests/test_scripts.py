@@ -97,8 +97,9 @@ def reward_config(files, folder, out, **flags):
 def ppo_config(files, folder, out, **flags):
     settings = dict(
         policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
-        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"), batch_size=4, steps=2, max_new_tokens=6,
-        lr=1e-3, warmup=0, lr_schedule="constant", sample_every=0, device="cpu", out=str(out),
+        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"),
+        batch_size=4, steps=2, max_new_tokens=6, lr=1e-3, warmup=0, lr_schedule="constant",
+        sample_every=0, device="cpu", out=str(out),
     )  # fmt: skip
     return ppo.Config(**(settings | flags))
 
@@ -182,13 +183,6 @@ def test_the_three_stages_by_their_command_lines(tmp_path, data, tiny_folder):
     started = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     moved = [not torch.equal(a, b) for a, b in zip(policy.parameters(), started.parameters())]
     assert any(moved)
-
-
-def test_an_unknown_flag_is_one_line_and_exit_2():
-    done = script("ppo", "--klcoef", "0.1")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("ppo.py: ") and "--klcoef" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 # the same in this process: outputs
@@ -412,6 +406,23 @@ def test_ptx_mixes_the_sft_loss_in(tmp_path, data, sft_folder):
     assert rows_of(ptx.out)[0]["ptx_loss"] == pytest.approx(loss.item() / tokens, rel=1e-5)
     without, mixed = weights_of(cfg.out), weights_of(ptx.out)
     assert any(not torch.equal(without[name], mixed[name]) for name in without)
+
+
+def test_ptx_goes_through_all_its_data(tmp_path, data, sft_folder):
+    """Four lines, four optimiser steps of one line each: no line is learned twice."""
+    rows = [dict(prompt=q, completion=a) for q, a in zip(QUESTIONS, ANSWERS)]
+    write(tmp_path / "ptx.jsonl", rows)
+    cfg = ppo_config(
+        data, sft_folder, tmp_path / "ppo", ptx_coef=1.0, ptx_data=str(tmp_path / "ptx.jsonl"),
+        batch_size=2, minibatches=2, ppo_epochs=1, lr=1e-30,
+    )  # fmt: skip
+    ppo.main(cfg)
+    model = AutoModelForCausalLM.from_pretrained(sft_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(sft_folder)
+    losses = [plain_sft_loss(model, tokenizer, [row]) for row in rows]
+    expected = sum(loss.item() / tokens for loss, tokens in losses) / 4
+    found = sum(row["ptx_loss"] for row in rows_of(cfg.out)) / 2
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_missing_eos_costs_what_it_says(tmp_path, data, sft_folder):
@@ -661,6 +672,19 @@ def test_bad_input_is_one_line_and_nothing_written(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1, error
     assert error.startswith(f"{name}.py: ") and says in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_unknown_flag_is_one_line_and_exit_2(
+    tmp_path, data, sft_folder, monkeypatch, capsys, name
+):
+    cfg = CONFIGS[name](data, sft_folder, tmp_path / "out")
+    for flag in ("--learning_rate", "--ste"):  # no such flag; no abbreviations
+        assert command_line(monkeypatch, name, cfg, flag, "1") == 2
+        out, error = capsys.readouterr()
+        assert error.startswith(f"{name}.py: ") and flag in error and out == ""
+        assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
