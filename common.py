@@ -42,7 +42,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-EMBEDDED = Path(__file__).resolve().parent / "data"  # the small HHH world that every stage falls back to
+EMBEDDED = Path(__file__).resolve().parent / "data"  # the small HHH world, for lack of other data
 
 
 # ----------------------------------------------------------------------------------------------

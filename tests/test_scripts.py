@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 import common
@@ -146,11 +147,13 @@ def weights_of(out):
     return load_file(Path(out) / "model.safetensors")
 
 
-def plain_scores(out, examples):
-    """Scores of lists of ids, each alone through plain transformers, less the stored mean."""
+def plain_scores(out, inputs):
+    """Scores of tokenised texts, each alone through plain transformers, less the stored mean."""
     model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    logits = []
     with torch.no_grad():
-        logits = [model(input_ids=torch.tensor([ids])).logits.item() for ids in examples]
+        for keys in inputs:
+            logits.append(model(**{k: torch.tensor([v]) for k, v in keys.items()}).logits.item())
     return [x - getattr(model.config, "reward_mean", 0.0) for x in logits]
 
 
@@ -470,6 +473,10 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(
         cfg = reward_config(data, tmp_path / "base", tmp_path / "r", lr=0.05)
         reward.main(cfg)
     else:
+        other = PreTrainedTokenizerFast(
+            tokenizer_object=other.backend_tokenizer, eos_token="<eos>", pad_token="<pad>",
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        )  # fmt: skip
         torch.manual_seed(0)
         sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_labels=1)
         config = BertConfig(
@@ -485,11 +492,15 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(
     ppo.main(cfg)
     samples = rows_of(cfg.out, "samples")
     for when in ("before", "after"):
-        examples = []
+        inputs = []
         for sample in samples:
-            response = other(sample[when], add_special_tokens=False)["input_ids"]
-            examples.append(other(sample["prompt"])["input_ids"] + response + [2])
-        expected = plain_scores(tmp_path / "r", examples)
+            if kind == "bert":  # a text pair, told apart by its token types
+                inputs.append(other(sample["prompt"], sample[when]))
+                assert set(inputs[-1]["token_type_ids"]) == {0, 1}
+            else:
+                response = other(sample[when], add_special_tokens=False)["input_ids"] + [2]
+                inputs.append(dict(input_ids=other(sample["prompt"])["input_ids"] + response))
+        expected = plain_scores(tmp_path / "r", inputs)
         assert [s[f"score_{when}"] for s in samples] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
     if kind == "bert":  # no value for each token
