@@ -942,7 +942,8 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
     """score(prompts, prompt_ids, responses) -> (B,) by a reward model.
 
     With the policy's tokenizer it reads the ids; with another one the text, rendered by its own
-    chat template. An encoder reads prompt and response as a text pair, cut to its context.
+    chat template. An encoder reads the last message of the prompt and the response as a text
+    pair, cut to its context.
     """
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
 
@@ -950,13 +951,10 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
     def score(prompts, prompt_ids, responses):
         if same:
             examples = [join(p, r) for p, r in zip(prompt_ids, responses)]
-        elif not reward.scores_tokens:
-            texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-            questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
-            pairs = reward_tokenizer(questions, texts, truncation=True)["input_ids"]
-            examples = [(ids, [0] + [1] * (len(ids) - 1)) for ids in pairs]
         else:
             texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+            if not reward.scores_tokens:
+                return encoder_scores(reward, reward_tokenizer, prompts, texts)
             examples = [
                 join(encode_prompt(reward_tokenizer, p), encode_response(reward_tokenizer, p, text))
                 for p, text in zip(prompts, texts)
@@ -967,6 +965,23 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
         return scores
 
     return score
+
+
+@torch.no_grad()
+def encoder_scores(reward, tokenizer, prompts, texts, batch_size=32):
+    """Scores (B,) of an encoder reward model, which reads (question, answer) in its own way."""
+    questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
+    longest = getattr(reward.config, "max_position_embeddings", tokenizer.model_max_length)
+    scores = []
+    for i in range(0, len(texts), batch_size):
+        inputs = tokenizer(
+            questions[i : i + batch_size], texts[i : i + batch_size], return_tensors="pt",
+            padding=True, truncation=True, max_length=min(longest, tokenizer.model_max_length),
+        ).to(reward.device)  # fmt: skip
+        with autocast(reward.device):
+            logits = reward(**inputs).logits.squeeze(-1).float()
+        scores.append(logits.cpu() - getattr(reward.config, "reward_mean", 0.0))
+    return torch.cat(scores)
 
 
 # ----------------------------------------------------------------------------------------------

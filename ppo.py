@@ -375,11 +375,12 @@ def ptx_batches(demonstrations, number, cfg, device):
 def rollout_metrics(rollout):
     """Means over real tokens; `kl` and `reward` are sums over a response, averaged."""
     errors = masked_variance(rollout.returns - rollout.values, rollout.mask)
+    variance = masked_variance(rollout.returns, rollout.mask)
     return dict(
         kl=(rollout.logprobs - rollout.ref_logprobs).sum(1).mean().item(),
         reward=rollout.rewards.sum(1).mean().item(),
         entropy=masked_mean(rollout.entropy, rollout.mask).item(),
-        explained_variance=1 - (errors / masked_variance(rollout.returns, rollout.mask)).item(),
+        explained_variance=1 - (errors / (variance + 1e-8)).item(),
     )
 
 
@@ -510,6 +511,10 @@ def main(cfg):
 
     look = (tokenizer, eos, score, gold, cfg)
     before = evaluate(policy, ref, eval_prompts, *look)
+    if embedded:  # words that no training file holds: told apart, since nothing could teach them
+        rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
+        probes = load_prompts(rows, tokenizer, cfg.max_prompt_tokens)
+        unseen_before = evaluate(policy, ref, probes, *look)
     run.begin(
         policy=policy, value=value, policy_optimizer=policy_optimizer,
         value_optimizer=value_optimizer, coefs=coefs,
@@ -630,12 +635,10 @@ def main(cfg):
 
     after = evaluate(policy, ref, eval_prompts, *look)
     results = summarise(eval_prompts, before, after)
-    if embedded:  # words that no training file holds: told apart, since nothing could teach them
-        rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
-        probes = load_prompts(rows, tokenizer, cfg.max_prompt_tokens)
-        for when, model in dict(before=ref, after=policy).items():
-            good = evaluate(model, ref, probes, *look)["gold"] >= 0.5
-            results[f"gold_{when}_unseen_words"] = good.float().mean().item()
+    if embedded:
+        unseen = evaluate(policy, ref, probes, *look)
+        for when, answers in dict(before=unseen_before, after=unseen).items():
+            results[f"gold_{when}_unseen_words"] = (answers["gold"] >= 0.5).float().mean().item()
     print_table(results, eval_prompts, before, after)
     answers = zip(
         eval_prompts, before["texts"], after["texts"],

@@ -92,8 +92,7 @@ def listwise_loss(rewards, ranks, mask=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# Judgements: whatever the form, K responses to one prompt and a rank each (or one response and its
-# score)
+# Judgements: whatever the form, K responses to one prompt with their ranks, or one with its score
 
 
 @dataclass
@@ -123,13 +122,9 @@ def encode(tokenizer, row):
             )
         responses = [common.field(dict(response=r, where=where), "response") for r in responses]
     else:
-        prompt, responses, targets = (
-            common.field(row, "prompt"),
-            [common.field(row, "response")],
-            [row.get("score")],
-        )
-        form = "pointwise"
-        if not isinstance(targets[0], (int, float)) or not math.isfinite(targets[0]):
+        prompt, responses = common.field(row, "prompt"), [common.field(row, "response")]
+        targets, form = [row.get("score")], "pointwise"
+        if type(targets[0]) not in (int, float) or not math.isfinite(targets[0]):
             raise common.UserError(f'{where}: "score" must be a finite number')
     prompt_ids = common.encode_prompt(tokenizer, prompt, where)
     examples = [
@@ -144,34 +139,32 @@ def load_judgements(cfg, tokenizer):
     data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
     rows = common.read_split(data, cfg.eval_data, common.EMBEDDED / "eval_pairs.jsonl")
     splits = []
-    for part in rows:
+    for part, form in zip(rows, (cfg.loss, None)):
         judgements = [encode(tokenizer, row) for row in part]
+        form = form or judgements[0].form  # held-out data may have another form, but one
         for row, judgement in zip(part, judgements):
-            if part is rows[0] and judgement.form != cfg.loss:
+            if judgement.form != form:
                 raise common.UserError(
-                    f"{row['where']}: {judgement.form} data, but --loss is {cfg.loss}"
+                    f"{row['where']}: {judgement.form} data, expected {form} (--loss {cfg.loss})"
                 )
         # A ranking of ties orders nothing.
         judgements = [j for j in judgements if j.form == "pointwise" or len(set(j.targets)) > 1]
+        if not judgements:
+            file = part[0]["where"].rpartition(":")[0]
+            raise common.UserError(f"{file}: every ranking is a tie, so there is nothing to learn")
         longest = lambda judgement: max(len(ids) for ids, _ in judgement.examples)  # noqa: E731
         splits.append(common.keep_short(judgements, cfg.max_length, longest, "judgements"))
     return splits
 
 
 def forward(model, judgements):
-    """Score every response of some judgements: rewards, targets and mask, each (B, K) with K the
-    longest list.
-    """
+    """Score every response of B judgements: rewards, targets and mask, (B, K), K the longest."""
     examples = [example for judgement in judgements for example in judgement.examples]
     batch = common.collate(examples, range(len(examples)), model.device)
-    scores = common.sequence_scores(model, batch)  # (B * K,) where all lists are as long
-    K = max(len(judgement.targets) for judgement in judgements)
+    scores = common.sequence_scores(model, batch)  # (B * K,), or fewer where lists are short
     targets = common.pad_right([j.targets for j in judgements], model.device).float()
     mask = common.pad_right([[1.0] * len(j.targets) for j in judgements], model.device)
-    rewards = torch.zeros(len(judgements), K, device=model.device).masked_scatter(
-        mask.bool(), scores
-    )
-    return rewards, targets, mask
+    return torch.zeros_like(mask).masked_scatter(mask.bool(), scores), targets, mask
 
 
 def reward_loss(form, rewards, targets, mask):
@@ -183,9 +176,7 @@ def reward_loss(form, rewards, targets, mask):
 
 
 def micro_batches(judgements, micro_tokens, rows=None):
-    """Rows of judgements whose padded tokens fit the budget; a judgement's responses stay
-    together, since its loss needs all.
-    """
+    """Rows whose padded tokens fit the budget; a judgement's loss needs its responses together."""
     tokens = [max(len(ids) for ids, _ in j.examples) * len(j.examples) for j in judgements]
     return common.micro_batches(tokens, micro_tokens, rows)
 
@@ -213,11 +204,12 @@ def evaluate(model, judgements, micro_tokens):
                 right, pairs = right + counts[0], pairs + counts[1]
     if points:
         right, pairs = ordered_right(points)
-    accuracy = right / pairs if pairs else float("nan")
-    low, high = wilson_interval(accuracy, len(judgements))
-    return dict(
-        accuracy=accuracy, interval=[low, high], loss=loss / len(judgements), n=len(judgements)
-    )
+    n = len(judgements)
+    accuracy = interval = None  # a single point orders nothing
+    if pairs:
+        accuracy = right / pairs
+        interval = wilson_interval(accuracy, n)
+    return dict(accuracy=accuracy, interval=interval, loss=loss / n, n=n)
 
 
 def ordered_right(items):
@@ -337,11 +329,11 @@ def main(cfg):
 
     model.config.reward_mean = mean_of_best(model, judgements[:500], micro_tokens)
     results = evaluate(model, eval_judgements, micro_tokens)
-    low, high = results["interval"]
-    print(
-        f"held-out accuracy {results['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, "
-        f"n = {results['n']}), loss {results['loss']:.3f}"
-    )
+    accuracy = "no pairs to order"
+    if results["accuracy"] is not None:
+        low, high = results["interval"]
+        accuracy = f"{results['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})"
+    print(f"held-out accuracy {accuracy}, loss {results['loss']:.3f}, n = {results['n']}")
     run.finish(model, tokenizer, results)
 
 
