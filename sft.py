@@ -100,7 +100,7 @@ def new_tokenizer(texts, vocab_size=2048):
 
 
 def new_model(tokenizer, seed):
-    """A small Llama (about 0.8M parameters) with random weights."""
+    """A small Llama (about 0.9M parameters) with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
