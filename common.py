@@ -223,13 +223,15 @@ def generate(
     responses = [None] * len(prompts)
     answering = [None] * state.size  # which prompt each slot works on
     burst = 16 if model.device.type == "cuda" else 1  # steps between two looks at the device
+    together = max(1, 16384 // max_length)  # prompts of one prefill, for its memory's sake
     with slot_model(model):
         while True:
             for slot in state.done.nonzero().flatten().tolist():
                 if answering[slot] is not None:
                     responses[answering[slot]] = state.out[slot, : state.count[slot]].tolist()
                     answering[slot] = None
-            free = [slot for slot, prompt in enumerate(answering) if prompt is None][: len(waiting)]
+            free = [slot for slot, prompt in enumerate(answering) if prompt is None]
+            free = free[: min(len(waiting), together)]
             if free:
                 taken, waiting = waiting[: len(free)], waiting[len(free) :]
                 for slot, prompt in zip(free, taken):
@@ -298,7 +300,8 @@ def slots_agree(model):
     finally:
         model.train(training)
     gap = (step.float() - torch.stack(plain).float()).abs().max()
-    return bool(gap < (1e-3 if model.dtype == torch.float32 else 0.3))  # bfloat16 is coarse
+    coarse = 0.05 * torch.stack(plain).abs().max().float()  # what bfloat16 may differ by
+    return bool(gap < (1e-3 if model.dtype == torch.float32 else coarse))
 
 
 def transformers_generate(
@@ -359,7 +362,10 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({why})") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what memory statistics speak of
+    return device
 
 
 def load_tokenizer(path, needs_eos=True):
@@ -1169,7 +1175,7 @@ class Run:
 
 
 def peak_memory_gib():
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource  # not on Windows
 

@@ -28,7 +28,6 @@ Where this departs from the papers:
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
 """
 
-import copy
 import signal
 import subprocess
 import sys
@@ -270,7 +269,8 @@ def cut_minibatches(examples, cfg, device, step):
     """Shuffle the episodes into minibatches, each cut into micro-batches of similar length.
 
     They are cut once per rollout: the old log-probs and every epoch walk the same micro-batches
-    with the same forward, which is why every ratio is exactly 1 before the first update.
+    with the same forward, which is why every ratio is exactly 1 before the first update (within
+    bfloat16 rounding where layers are compiled, once with and once without gradients).
     """
     lengths = [len(ids) for ids, _ in examples]
     generator = common.make_generator("cpu", cfg.seed, step, "minibatches")
@@ -389,8 +389,8 @@ def rollout_metrics(rollout):
 
 
 @torch.no_grad()
-def evaluate(policy, ref, prompts, tokenizer, eos, score, gold, cfg):
-    """Answer `prompts` with a fixed seed.
+def evaluate(policy, pi_old, ref, prompts, tokenizer, eos, score, gold, cfg):
+    """Answer `prompts` with a fixed seed; pi_old, in step with the policy, does the sampling.
 
     Returns the texts, their scores before any penalty, gold scores, the share that ended by
     themselves, and the mean KL to the reference, nats a response.
@@ -398,7 +398,7 @@ def evaluate(policy, ref, prompts, tokenizer, eos, score, gold, cfg):
     ids, texts = [p["ids"] for p in prompts], [p["prompt"] for p in prompts]
     generator = common.make_generator(policy.device, cfg.seed, "evaluate")
     responses = common.generate(
-        policy, ids, cfg.max_new_tokens, eos, cfg.temperature, generator=generator, slots=cfg.slots
+        pi_old, ids, cfg.max_new_tokens, eos, cfg.temperature, generator=generator, slots=cfg.slots
     )
     examples = [common.join(p, r) for p, r in zip(ids, responses)]
     micro_tokens = common.micro_tokens(cfg, policy.device)
@@ -488,7 +488,7 @@ def main(cfg):
     value = load_value(cfg, device, tokenizer, reward)
     pi_old = policy  # samples before it is updated; a copy only where the dtype differs
     if frozen != policy.dtype:
-        pi_old = copy.deepcopy(policy).to(frozen).requires_grad_(False)
+        pi_old = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)
     eos = common.stop_ids(policy, tokenizer)
     gold_fn = cfg.gold_fn or (f"{common.EMBEDDED / 'hhh.py'}:gold_score" if embedded else "")
     gold = common.function_scorer(gold_fn, tokenizer) if gold_fn else None
@@ -510,11 +510,11 @@ def main(cfg):
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
 
     look = (tokenizer, eos, score, gold, cfg)
-    before = evaluate(policy, ref, eval_prompts, *look)
+    before = evaluate(policy, pi_old, ref, eval_prompts, *look)
     if embedded:  # words that no training file holds: told apart, since nothing could teach them
         rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
         probes = load_prompts(rows, tokenizer, cfg.max_prompt_tokens)
-        unseen_before = evaluate(policy, ref, probes, *look)
+        unseen_before = evaluate(policy, pi_old, ref, probes, *look)
     run.begin(
         policy=policy, value=value, policy_optimizer=policy_optimizer,
         value_optimizer=value_optimizer, coefs=coefs,
@@ -633,10 +633,10 @@ def main(cfg):
             run.print(f"step {step}: {str(texts[0])[-200:]}")
             run.print(trace_table(tokenizer, responses[0], columns))
 
-    after = evaluate(policy, ref, eval_prompts, *look)
+    after = evaluate(policy, pi_old, ref, eval_prompts, *look)
     results = summarise(eval_prompts, before, after)
     if embedded:
-        unseen = evaluate(policy, ref, probes, *look)
+        unseen = evaluate(policy, pi_old, ref, probes, *look)
         for when, answers in dict(before=unseen_before, after=unseen).items():
             results[f"gold_{when}_unseen_words"] = (answers["gold"] >= 0.5).float().mean().item()
     print_table(results, eval_prompts, before, after)

@@ -1177,3 +1177,14 @@ def test_require_wants_values_over_the_first_bound_and_at_most_the_second():
     for value, bounds in [(0.5, (0.5, None)), (0.5, (0, 0.4)), (float("nan"), (0, None))]:
         with pytest.raises(UserError, match="--lr"):
             common.require(Settings(out="x", lr=value), lr=bounds)
+
+
+def test_a_bfloat16_copy_keeps_its_rotary_frequencies(tiny_folder):
+    exact = common.load_policy(tiny_folder, CPU)
+    coarse = common.load_policy(tiny_folder, CPU, torch.bfloat16)
+    assert coarse.dtype == torch.bfloat16
+    buffers = dict(coarse.named_buffers())
+    assert buffers
+    for name, buffer in exact.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+        assert buffers[name].dtype == buffer.dtype
