@@ -994,25 +994,22 @@ def encoder_scores(reward, tokenizer, prompts, texts, batch_size=32):
 # The run folder and the command line
 
 
-def write_json(path, value):
+def write_text(path, text):
     """Write atomically: whoever looks sees the old file or the new one, whole."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path, rows):
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class Run:

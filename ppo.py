@@ -227,7 +227,7 @@ def load_prompts(rows, tokenizer, max_tokens):
     return common.keep_short(prompts, max_tokens, lambda prompt: len(prompt["ids"]), "prompts")
 
 
-def load_value(cfg, device, tokenizer, reward):
+def load_value(cfg, device, tokenizer, reward, reward_tokenizer):
     """From --value; else the reward model if it scores the policy's tokens; else the policy."""
     if cfg.value:
         value = common.load_reward(cfg.value, device)
@@ -237,7 +237,7 @@ def load_value(cfg, device, tokenizer, reward):
             )
         return value
     if reward is not None and reward.scores_tokens:
-        if common.load_tokenizer(cfg.reward).get_vocab() == tokenizer.get_vocab():
+        if reward_tokenizer.get_vocab() == tokenizer.get_vocab():
             return common.load_reward(cfg.reward, device)
     print("the value model starts from the policy with a zero head")
     value = common.load_model(
@@ -478,14 +478,15 @@ def main(cfg):
     policy = common.load_policy(cfg.policy, device)
     ref = common.load_policy(cfg.ref or cfg.policy, device, frozen).requires_grad_(False)
     if cfg.reward_fn:
-        reward, score = None, common.function_scorer(cfg.reward_fn, tokenizer)
+        reward = reward_tokenizer = None
+        score = common.function_scorer(cfg.reward_fn, tokenizer)
     else:
         reward = common.load_reward(cfg.reward, device, frozen).requires_grad_(False)
         reward_tokenizer = common.load_tokenizer(cfg.reward, needs_eos=False)
         score = common.model_scorer(
             reward, reward_tokenizer, tokenizer, common.micro_tokens(cfg, device)
         )
-    value = load_value(cfg, device, tokenizer, reward)
+    value = load_value(cfg, device, tokenizer, reward, reward_tokenizer)
     pi_old = policy  # samples before it is updated; a copy only where the dtype differs
     if frozen != policy.dtype:
         pi_old = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)
