@@ -1180,14 +1180,16 @@ def peak_memory_gib():
 
 
 def require(cfg, **bounds):
-    """Check flags: require(cfg, lr=(0, None), ...) wants values over the first bound and at most
-    the second. Raises UserError.
+    """Check flags: require(cfg, lr=(0, None)) wants a value over 0 with no upper end.
+
+    A negative lower end means that 0 itself is fine. Raises UserError.
     """
     for name, (low, high) in bounds.items():
         value = getattr(cfg, name)
         if not value > low or (high is not None and value > high):
-            limit = f" and at most {high}" if high is not None else ""
-            raise UserError(f"--{name} {value}: expected over {low}{limit}")
+            limit = f"over {low}" if low >= 0 else "at least 0"
+            limit += f" and at most {high}" if high is not None else ""
+            raise UserError(f"--{name} {value}: expected {limit}")
 
 
 def command_line(config_class, main, doc):
