@@ -5,6 +5,7 @@
     models               load_policy, load_reward, response_logprobs, sequence_scores
     data                 JSONL rows, chat templates, batches padded on the right
     scores               of a reward model or a rule
+    answers              before and after, side by side
     the run folder       Run: settings, metrics, checkpoints, Ctrl-C; the command line
 
 Shapes: B sequences, T tokens, R response tokens, V vocabulary, d hidden size. A sequence is prompt
@@ -20,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -751,6 +753,17 @@ def encode_prompt(tokenizer, prompt, where="prompt"):
     return ids
 
 
+def load_prompts(rows, tokenizer, max_tokens):
+    """Rows of any data file -> their prompts, tokenised; their `kind` and `task` stay with them."""
+    prompts = []
+    for row in rows:
+        prompt = prompt_of(row)
+        prompts.append(
+            row | dict(prompt=prompt, ids=encode_prompt(tokenizer, prompt, row["where"]))
+        )
+    return keep_short(prompts, max_tokens, lambda prompt: len(prompt["ids"]), "prompts")
+
+
 def encode_response(tokenizer, prompt, response, where="response"):
     """Token ids of a response, its end token included; tokenised apart from the prompt, as
     generation sees them.
@@ -923,6 +936,25 @@ def load_function(spec):
     return getattr(module, name)
 
 
+def load_scorer(cfg, tokenizer, device, dtype):
+    """What --reward_fn or --reward says: (score, reward model, its tokenizer), both None for a
+    rule. score(prompts, prompt_ids, responses) -> (B,).
+    """
+    if cfg.reward_fn:
+        return function_scorer(cfg.reward_fn, tokenizer), None, None
+    reward = load_reward(cfg.reward, device, dtype).requires_grad_(False)
+    reward_tokenizer = load_tokenizer(cfg.reward, needs_eos=False)
+    budget = micro_tokens(cfg, device)
+    return model_scorer(reward, reward_tokenizer, tokenizer, budget), reward, reward_tokenizer
+
+
+def load_gold(cfg, tokenizer):
+    """The judge of --gold_fn, by default the embedded world's on embedded data; None elsewhere."""
+    embedded = Path(cfg.data).resolve().parent == EMBEDDED
+    spec = cfg.gold_fn or (f"{EMBEDDED / 'hhh.py'}:gold_score" if embedded else "")
+    return function_scorer(spec, tokenizer) if spec else None
+
+
 def function_scorer(spec, tokenizer):
     """score(prompts, prompt_ids, responses) -> (B,) by a rule `file.py:function` that takes
     texts: (prompts, responses) -> scores.
@@ -988,6 +1020,88 @@ def encoder_scores(reward, tokenizer, prompts, texts, batch_size=32):
             logits = reward(**inputs).logits.squeeze(-1).float()
         scores.append(logits.cpu() - getattr(reward.config, "reward_mean", 0.0))
     return torch.cat(scores)
+
+
+# ----------------------------------------------------------------------------------------------
+# Answers, before and after
+
+
+@torch.no_grad()
+def evaluate(policy, sampler, ref, prompts, tokenizer, eos, score, gold, cfg):
+    """Answer `prompts` with a fixed seed; `sampler` is the policy, or its copy in bfloat16.
+
+    Returns the texts, their scores before any penalty, gold scores, the share that ended by
+    themselves, and the mean KL to the reference, nats a response.
+    """
+    ids, texts = [p["ids"] for p in prompts], [p["prompt"] for p in prompts]
+    generator = make_generator(policy.device, cfg.seed, "evaluate")
+    responses = generate(
+        sampler, ids, cfg.max_new_tokens, eos, cfg.temperature, generator=generator, slots=cfg.slots
+    )
+    examples = [join(p, r) for p, r in zip(ids, responses)]
+    kl = 0.0
+    for rows in micro_batches([len(x) for x, _ in examples], micro_tokens(cfg, policy.device)):
+        batch = collate(examples, rows, policy.device)
+        logprobs = response_logprobs(policy, batch, cfg.temperature)  # (b, R)
+        ref_logprobs = response_logprobs(ref, batch, cfg.temperature)
+        kl += ((logprobs - ref_logprobs) * batch.mask).sum().item() / len(prompts)
+    return dict(
+        texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
+        scores=score(texts, ids, responses) if score else None,
+        gold=gold(texts, ids, responses) if gold else None,
+        eos_rate=sum(r[-1] in eos for r in responses) / len(responses),
+        kl=kl,
+    )
+
+
+def summarise(prompts, **answers):
+    """Means of score and EOS rate, and shares of good answers by kind and task, for eval.json.
+
+    Each of `answers`, such as before=..., after=..., is what `evaluate` returns.
+    """
+    results = dict(n=len(prompts))
+    for name, own in answers.items():
+        results[f"eos_rate_{name}"] = own["eos_rate"]
+        if own["scores"] is not None:
+            results[f"score_{name}"] = own["scores"].mean().item()
+            results[f"score_std_{name}"] = own["scores"].std(correction=0).item()
+        if own["gold"] is None:
+            continue
+        good = (own["gold"] >= 0.5).tolist()
+        results[f"gold_{name}"] = sum(good) / len(good)
+        for key in ("kind", "task"):
+            for group in sorted({p[key] for p in prompts if key in p}):
+                of_group = [g for p, g in zip(prompts, good) if p.get(key) == group]
+                results[f"gold_{name}_{group}"] = sum(of_group) / len(of_group)
+    return results
+
+
+def print_table(results, prompts, **answers):
+    """The `answers` side by side: their numbers in `results`, then some of their texts."""
+    first = next(iter(answers))
+    print(f"\n{len(prompts)} held-out prompts{'':9}" + "".join(f"{name:>12}" for name in answers))
+    for key in [key for key in results if f"_{first}" in key]:
+        style = ".1%" if key.startswith(("gold", "eos")) else ".2f"
+        values = [results[key.replace(f"_{first}", f"_{name}")] for name in answers]
+        columns = "".join(f"{format(value, style):>12}" for value in values)
+        print(f"{key.replace(f'_{first}', ''):28}" + columns)
+    columns = "".join(f"{own['kl']:12.2f}" for own in answers.values())
+    print(f"{'KL to the reference, nats':28}" + columns)
+    for i in range(0, len(prompts), max(1, len(prompts) // 6)):
+        print(f"\n  {str(prompts[i]['prompt'])[-300:]}")
+        for name, own in answers.items():
+            print(f"    {name:10} {own['texts'][i][:300]}")
+
+
+def write_samples(path, prompts, **answers):
+    """samples.jsonl: each prompt with the `answers` to it and their scores."""
+    columns = dict(prompt=[prompt["prompt"] for prompt in prompts])
+    columns |= {name: own["texts"] for name, own in answers.items()}
+    for name, own in answers.items():
+        if own["scores"] is not None:
+            columns[f"score_{name}"] = own["scores"].tolist()
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    write_jsonl(path, rows)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1169,6 +1283,26 @@ class Run:
         write_json(self.out / "eval.json", results)
         for old in self.out.glob("checkpoint-*[0-9]"):
             shutil.rmtree(old)
+
+
+def make_missing_stages(cfg):
+    """Run sft.py and reward.py for the default folders that are not finished."""
+    stages = [("sft.py", cfg.policy, "out/sft", [])]
+    if not cfg.reward_fn:
+        stages.append(("reward.py", cfg.reward, "out/reward", ["--model", cfg.policy]))
+    for script, folder, default, flags in stages:
+        if folder != default or (Path(folder) / "eval.json").exists():
+            continue
+        print(f"{folder} is missing: running {script}", flush=True)
+        command = [sys.executable, str(Path(__file__).parent / script), "--out", folder]
+        command += ["--seed", str(cfg.seed), "--device", cfg.device]
+        command += flags + (["--resume"] if (Path(folder) / "run.json").exists() else [])
+        # Ctrl-C reaches the stage too, which saves and stops; then so do we.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code = subprocess.run(command).returncode
+        signal.signal(signal.SIGINT, handler)
+        if code:
+            raise SystemExit(code)
 
 
 def peak_memory_gib():

@@ -28,9 +28,6 @@ Where this departs from the papers:
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
 """
 
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,37 +193,6 @@ def check(cfg):
         )
 
 
-def make_missing_stages(cfg):
-    """Run sft.py and reward.py for the default folders that are not finished."""
-    stages = [("sft.py", cfg.policy, Config.policy, [])]
-    if not cfg.reward_fn:
-        stages.append(("reward.py", cfg.reward, Config.reward, ["--model", cfg.policy]))
-    for script, folder, default, flags in stages:
-        if folder != default or (Path(folder) / "eval.json").exists():
-            continue
-        print(f"{folder} is missing: running {script}", flush=True)
-        command = [sys.executable, str(Path(__file__).parent / script), "--out", folder]
-        command += ["--seed", str(cfg.seed), "--device", cfg.device]
-        command += flags + (["--resume"] if (Path(folder) / "run.json").exists() else [])
-        # Ctrl-C reaches the stage too, which saves and stops; then so do we.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = subprocess.run(command).returncode
-        signal.signal(signal.SIGINT, handler)
-        if code:
-            raise SystemExit(code)
-
-
-def load_prompts(rows, tokenizer, max_tokens):
-    """Rows of any data file -> their prompts, tokenised; their `kind` and `task` stay with them."""
-    prompts = []
-    for row in rows:
-        prompt = common.prompt_of(row)
-        prompts.append(
-            row | dict(prompt=prompt, ids=common.encode_prompt(tokenizer, prompt, row["where"]))
-        )
-    return common.keep_short(prompts, max_tokens, lambda prompt: len(prompt["ids"]), "prompts")
-
-
 def load_value(cfg, device, tokenizer, reward, reward_tokenizer):
     """From --value; else the reward model if it scores the policy's tokens; else the policy."""
     if cfg.value:
@@ -388,67 +354,6 @@ def rollout_metrics(rollout):
 # Looking at what it does
 
 
-@torch.no_grad()
-def evaluate(policy, pi_old, ref, prompts, tokenizer, eos, score, gold, cfg):
-    """Answer `prompts` with a fixed seed; pi_old, in step with the policy, does the sampling.
-
-    Returns the texts, their scores before any penalty, gold scores, the share that ended by
-    themselves, and the mean KL to the reference, nats a response.
-    """
-    ids, texts = [p["ids"] for p in prompts], [p["prompt"] for p in prompts]
-    generator = common.make_generator(policy.device, cfg.seed, "evaluate")
-    responses = common.generate(
-        pi_old, ids, cfg.max_new_tokens, eos, cfg.temperature, generator=generator, slots=cfg.slots
-    )
-    examples = [common.join(p, r) for p, r in zip(ids, responses)]
-    micro_tokens = common.micro_tokens(cfg, policy.device)
-    kl = 0.0
-    for rows in common.micro_batches([len(x) for x, _ in examples], micro_tokens):
-        batch = common.collate(examples, rows, policy.device)
-        logprobs = common.response_logprobs(policy, batch, cfg.temperature)  # (b, R)
-        ref_logprobs = common.response_logprobs(ref, batch, cfg.temperature)
-        kl += ((logprobs - ref_logprobs) * batch.mask).sum().item() / len(prompts)
-    return dict(
-        texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
-        scores=score(texts, ids, responses),
-        gold=gold(texts, ids, responses) if gold else None,
-        eos_rate=sum(r[-1] in eos for r in responses) / len(responses),
-        kl=kl,
-    )
-
-
-def summarise(prompts, before, after):
-    """eval.json: means of score, EOS rate and KL, and shares of good answers by kind and task."""
-    results = dict(n=len(prompts), kl=after["kl"])
-    for name, answers in dict(before=before, after=after).items():
-        results[f"score_{name}"] = answers["scores"].mean().item()
-        results[f"score_std_{name}"] = answers["scores"].std(correction=0).item()
-        results[f"eos_rate_{name}"] = answers["eos_rate"]
-        if answers["gold"] is None:
-            continue
-        good = (answers["gold"] >= 0.5).tolist()
-        results[f"gold_{name}"] = sum(good) / len(good)
-        for key in ("kind", "task"):
-            for group in sorted({p[key] for p in prompts if key in p}):
-                own = [g for p, g in zip(prompts, good) if p.get(key) == group]
-                results[f"gold_{name}_{group}"] = sum(own) / len(own)
-    return results
-
-
-def print_table(results, prompts, before, after):
-    """Before and after, side by side: every pair of numbers in `results`, then some answers."""
-    print(f"\n{results['n']} held-out prompts{'':12}before     after")
-    for name in [name for name in results if "_before" in name]:
-        values = [results[name], results[name.replace("_before", "_after")]]
-        style = ".1%" if name.startswith(("gold", "eos")) else ".2f"
-        left, right = (format(v, style) for v in values)
-        print(f"{name.replace('_before', ''):28}{left:>10}{right:>10}")
-    print(f"{'KL to the reference, nats':28}{before['kl']:10.2f}{after['kl']:10.2f}")
-    for i in range(0, len(prompts), max(1, len(prompts) // 6)):
-        print(f"\n  {str(prompts[i]['prompt'])[-300:]}")
-        print(f"    before  {before['texts'][i][:300]}\n    after   {after['texts'][i][:300]}")
-
-
 def trace_table(tokenizer, response, columns):
     """One line a token of one episode; `columns` maps a name to its (T,) tensor."""
     lines = ["token".rjust(14) + "".join(name.rjust(12) for name in columns)]
@@ -469,7 +374,7 @@ def main(cfg):
     embedded = Path(cfg.data).resolve().parent == common.EMBEDDED
     eval_file = common.EMBEDDED / "eval_prompts.jsonl"
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, eval_file)
-    make_missing_stages(cfg)
+    common.make_missing_stages(cfg)
 
     # The four models. What is trained has float32 weights; what is frozen, and the copy of the
     # policy that samples, is bfloat16 on a GPU.
@@ -477,25 +382,16 @@ def main(cfg):
     tokenizer = common.load_tokenizer(cfg.policy)
     policy = common.load_policy(cfg.policy, device)
     ref = common.load_policy(cfg.ref or cfg.policy, device, frozen).requires_grad_(False)
-    if cfg.reward_fn:
-        reward = reward_tokenizer = None
-        score = common.function_scorer(cfg.reward_fn, tokenizer)
-    else:
-        reward = common.load_reward(cfg.reward, device, frozen).requires_grad_(False)
-        reward_tokenizer = common.load_tokenizer(cfg.reward, needs_eos=False)
-        score = common.model_scorer(
-            reward, reward_tokenizer, tokenizer, common.micro_tokens(cfg, device)
-        )
+    score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen)
     value = load_value(cfg, device, tokenizer, reward, reward_tokenizer)
     pi_old = policy  # samples before it is updated; a copy only where the dtype differs
     if frozen != policy.dtype:
         pi_old = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)
     eos = common.stop_ids(policy, tokenizer)
-    gold_fn = cfg.gold_fn or (f"{common.EMBEDDED / 'hhh.py'}:gold_score" if embedded else "")
-    gold = common.function_scorer(gold_fn, tokenizer) if gold_fn else None
+    gold = common.load_gold(cfg, tokenizer)
 
-    prompts = load_prompts(train_rows, tokenizer, cfg.max_prompt_tokens)
-    eval_prompts = load_prompts(eval_rows, tokenizer, cfg.max_prompt_tokens)
+    prompts = common.load_prompts(train_rows, tokenizer, cfg.max_prompt_tokens)
+    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg.max_prompt_tokens)
     demonstrations = []
     if cfg.ptx_coef:
         rows = common.read_jsonl(cfg.ptx_data)
@@ -511,11 +407,11 @@ def main(cfg):
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
 
     look = (tokenizer, eos, score, gold, cfg)
-    before = evaluate(policy, pi_old, ref, eval_prompts, *look)
+    before = common.evaluate(policy, pi_old, ref, eval_prompts, *look)
     if embedded:  # words that no training file holds: told apart, since nothing could teach them
         rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
-        probes = load_prompts(rows, tokenizer, cfg.max_prompt_tokens)
-        unseen_before = evaluate(policy, pi_old, ref, probes, *look)
+        probes = common.load_prompts(rows, tokenizer, cfg.max_prompt_tokens)
+        unseen_before = common.evaluate(policy, pi_old, ref, probes, *look)
     run.begin(
         policy=policy, value=value, policy_optimizer=policy_optimizer,
         value_optimizer=value_optimizer, coefs=coefs,
@@ -634,20 +530,15 @@ def main(cfg):
             run.print(f"step {step}: {str(texts[0])[-200:]}")
             run.print(trace_table(tokenizer, responses[0], columns))
 
-    after = evaluate(policy, pi_old, ref, eval_prompts, *look)
-    results = summarise(eval_prompts, before, after)
+    after = common.evaluate(policy, pi_old, ref, eval_prompts, *look)
+    answers = dict(before=before, after=after)
+    results = common.summarise(eval_prompts, **answers) | dict(kl=after["kl"])
     if embedded:
-        unseen = evaluate(policy, pi_old, ref, probes, *look)
-        for when, answers in dict(before=unseen_before, after=unseen).items():
-            results[f"gold_{when}_unseen_words"] = (answers["gold"] >= 0.5).float().mean().item()
-    print_table(results, eval_prompts, before, after)
-    answers = zip(
-        eval_prompts, before["texts"], after["texts"],
-        before["scores"].tolist(), after["scores"].tolist(),
-    )  # fmt: skip
-    keys = ("prompt", "before", "after", "score_before", "score_after")
-    samples = [dict(zip(keys, (prompt["prompt"], *rest))) for prompt, *rest in answers]
-    common.write_jsonl(run.out / "samples.jsonl", samples)
+        unseen = common.evaluate(policy, pi_old, ref, probes, *look)
+        for when, own in dict(before=unseen_before, after=unseen).items():
+            results[f"gold_{when}_unseen_words"] = (own["gold"] >= 0.5).float().mean().item()
+    common.print_table(results, eval_prompts, **answers)
+    common.write_samples(run.out / "samples.jsonl", eval_prompts, **answers)
     run.finish(policy, tokenizer, results)
 
 
