@@ -561,6 +561,13 @@ def compile_layers(model, mode):
             layer.compile(dynamic=True)
 
 
+def copy_weights(source, target):
+    """In place, so that whatever holds on to the target's tensors sees the new ones."""
+    if source is not target:
+        for old, new in zip(target.parameters(), source.parameters()):
+            old.data.copy_(new.data)
+
+
 def make_adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
@@ -948,10 +955,10 @@ def load_scorer(cfg, tokenizer, device, dtype):
     return model_scorer(reward, reward_tokenizer, tokenizer, budget), reward, reward_tokenizer
 
 
-def load_gold(cfg, tokenizer):
-    """The judge of --gold_fn, by default the embedded world's on embedded data; None elsewhere."""
-    embedded = Path(cfg.data).resolve().parent == EMBEDDED
-    spec = cfg.gold_fn or (f"{EMBEDDED / 'hhh.py'}:gold_score" if embedded else "")
+def load_gold(spec, data, tokenizer):
+    """The judge `spec`, or the embedded world's own where `data` is its; otherwise None."""
+    if not spec and Path(data).resolve().parent == EMBEDDED:
+        spec = f"{EMBEDDED / 'hhh.py'}:gold_score"
     return function_scorer(spec, tokenizer) if spec else None
 
 
@@ -1126,6 +1133,14 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def append_jsonl(file, rows):
+    """Add lines to an open binary file; they are on disk when this returns."""
+    for row in rows:
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 class Run:
     """A stage's folder: settings, metrics, checkpoints; at the end the model and eval.json.
 
@@ -1220,18 +1235,25 @@ class Run:
             if old != folder:
                 shutil.rmtree(old)
 
-    def steps(self, total):
-        """Yield the step numbers from 1 (or from where a resumed run stopped) to `total`."""
+    def steps(self, total, done=None, name=None):
+        """Yield the step numbers from 1 (or from where a resumed run stopped) to `total`.
+
+        With `done`, how many steps are already, the loop keeps its own record of them and leaves no
+        checkpoints.
+        """
+        start, own_record = (self.start, False) if done is None else (done, True)
+        self.name = name or self.out.name
         first = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(
-            total=total, initial=self.start, disable=None, desc=self.out.name, dynamic_ncols=True
+            total=total, initial=start, disable=None, desc=self.name, dynamic_ncols=True
         )
         try:
-            for step in range(self.start + 1, total + 1):
+            for step in range(start + 1, total + 1):
                 self.step, self.began = step, time.perf_counter()
                 yield step
+                self.bar.update()
                 due = self.cfg.save_every and step % self.cfg.save_every == 0 and step < total
-                if due or self.stop_signal:
+                if (due or self.stop_signal) and not own_record:
                     self.checkpoint(step)
                 if self.stop_signal:
                     self.print(f"stopped after step {step}; --resume continues")
@@ -1255,12 +1277,17 @@ class Run:
         row = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()}
         self.metrics.write((json.dumps(row) + "\n").encode())
         self.metrics.flush()
-        self.bar.update()
-        text = {name: f"{row[name]:.3g}" for name in show}
+        self.show(**{name: row[name] for name in show})
+
+    def show(self, **numbers):
+        """The few numbers of a step that the progress bar has room for, or a line now and then
+        where there is no terminal.
+        """
+        text = {name: f"{number:.3g}" for name, number in numbers.items()}
         self.bar.set_postfix(text, refresh=False)
         if self.bar.disable and (self.step % 10 == 0 or self.step in (1, self.bar.total)):
             self.print(
-                f"{self.out.name} {self.step}/{self.bar.total}  "
+                f"{self.name} {self.step}/{self.bar.total}  "
                 + "  ".join(f"{k} {v}" for k, v in text.items())
             )
 
@@ -1269,16 +1296,17 @@ class Run:
         tqdm.write(text)
 
     def finish(self, model, tokenizer, results):
-        """Save the model and the tokenizer, then eval.json: a stage is finished when that is
-        there.
+        """Save the model, if any, and its tokenizer, then eval.json: a stage is finished when that
+        is there.
         """
-        temporary = self.out / "model.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for path in temporary.iterdir():
-            os.replace(path, self.out / path.name)
-        temporary.rmdir()
+        if model is not None:
+            temporary = self.out / "model.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for path in temporary.iterdir():
+                os.replace(path, self.out / path.name)
+            temporary.rmdir()
         self.metrics.close()
         write_json(self.out / "eval.json", results)
         for old in self.out.glob("checkpoint-*[0-9]"):

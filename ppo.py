@@ -40,6 +40,7 @@ from transformers.hf_argparser import HfArg
 import common
 from common import masked_mean, masked_variance, whiten
 
+
 # fmt: off
 @dataclass
 class Config:
@@ -320,13 +321,6 @@ def add_stats(totals, share, stats):
         totals[name] = totals.get(name, 0) + stat * share
 
 
-def copy_weights(source, target):
-    """In place, so that whatever holds on to the target's tensors sees the new ones."""
-    if source is not target:
-        for old, new in zip(target.parameters(), source.parameters()):
-            old.data.copy_(new.data)
-
-
 def ptx_batches(demonstrations, number, cfg, device):
     """Micro-batches of as many demonstrations as a minibatch has episodes; none without PPO-ptx."""
     if not demonstrations:
@@ -388,7 +382,7 @@ def main(cfg):
     if frozen != policy.dtype:
         pi_old = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)
     eos = common.stop_ids(policy, tokenizer)
-    gold = common.load_gold(cfg, tokenizer)
+    gold = common.load_gold(cfg.gold_fn, cfg.data, tokenizer)
 
     prompts = common.load_prompts(train_rows, tokenizer, cfg.max_prompt_tokens)
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg.max_prompt_tokens)
@@ -416,7 +410,7 @@ def main(cfg):
         policy=policy, value=value, policy_optimizer=policy_optimizer,
         value_optimizer=value_optimizer, coefs=coefs,
     )  # fmt: skip
-    copy_weights(policy, pi_old)
+    common.copy_weights(policy, pi_old)
 
     B = cfg.batch_size
     epochs = 1 if cfg.objective == "pg" else cfg.ppo_epochs
@@ -484,7 +478,7 @@ def main(cfg):
         update_seconds = time.perf_counter() - clock
 
         # 5. Sync: pi_old <- pi.
-        copy_weights(policy, pi_old)
+        common.copy_weights(policy, pi_old)
 
         metrics = {k: torch.stack([h[k] for h in history]).mean().item() for k in history[0]}
         metrics |= rollout_metrics(rollout) | coefs

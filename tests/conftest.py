@@ -1,5 +1,6 @@
-"""Tiny models and tokenizers for all tests, made on the spot: nothing is downloaded."""
+"""Tiny models, tokenizers and data for all tests, made on the spot: nothing is downloaded."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -57,3 +58,86 @@ def tiny_folder(tmp_path_factory):
     make_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# data for the scripts, and what they write
+
+QUESTIONS = ["What is the capital?", "tell me a story", "boil an egg", "the sea", "你好", "How?"]
+ANSWERS = ["The capital is Paris.", "Once there was a boat.", "Put it into hot water.", "wait"]
+RULES = """
+def letters(response):
+    return sum(c.isascii() and c.isalpha() for c in response)
+
+def score(prompts, responses):
+    return [letters(r) for r in responses]
+
+def share(prompts, responses):
+    return [letters(r) / max(1, len(r)) for r in responses]
+
+def constant(prompts, responses):
+    return [1 for r in responses]
+"""
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def chat(role, content):
+    return [dict(role=role, content=content)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with a small file of each kind, to be read only; `turns` holds chat messages."""
+    folder = tmp_path_factory.mktemp("data")
+    answered = [(q, ANSWERS[i % 4]) for i, q in enumerate(QUESTIONS * 2)]
+    write(folder / "sft.jsonl", [dict(prompt=q, completion=a) for q, a in answered])
+    write(folder / "pairs.jsonl", [dict(prompt=q, chosen=a, rejected="egg") for q, a in answered])
+    scored = [dict(prompt=q, response=a, score=len(a) / 10) for q, a in answered]
+    write(folder / "scores.jsonl", scored)
+    ranked = [dict(prompt=q, responses=[a, "egg", "no"], ranks=[1, 2, 3]) for q, a in answered]
+    write(folder / "lists.jsonl", ranked)
+    write(folder / "prompts.jsonl", [dict(prompt=q) for q in QUESTIONS])
+    write(folder / "eval_prompts.jsonl", [dict(prompt=q + " Please") for q in QUESTIONS[:3]])
+    turns = [dict(messages=chat("user", q) + chat("assistant", a)) for q, a in answered]
+    write(folder / "turns.jsonl", turns)
+    write(folder / "chat_prompts.jsonl", [dict(prompt=chat("user", q)) for q in QUESTIONS])
+    (folder / "rule.py").write_text(RULES)
+    return folder
+
+
+def sft_config(files, folder, out, **flags):
+    settings = dict(
+        model=str(folder), data=str(files / "sft.jsonl"), eval_data=str(files / "sft.jsonl"),
+        batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return sft.Config(**(settings | flags))
+
+
+def strict(text):
+    """JSON as other languages read it: no NaN, no Infinity."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def rows_of(out, name="metrics"):
+    text = (Path(out) / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [strict(line) for line in text.splitlines()]
+
+
+def eval_of(out):
+    return strict((Path(out) / "eval.json").read_text(encoding="utf-8"))
+
+
+def letters(text):
+    return sum(c.isascii() and c.isalpha() for c in text)
+
+
+def weights_of(out):
+    from safetensors.torch import load_file
+
+    return load_file(Path(out) / "model.safetensors")

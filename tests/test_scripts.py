@@ -1,4 +1,4 @@
-"""The three scripts end to end on tiny data: files, flags, bad input, stop and resume, learning."""
+"""The four scripts end to end on tiny data: files, flags, bad input, stop and resume, learning."""
 
 import json
 import os
@@ -10,6 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import (
+    ANSWERS,
+    QUESTIONS,
+    ROOT,
+    chat,
+    eval_of,
+    letters,
+    rows_of,
+    sft_config,
+    weights_of,
+    write,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,71 +33,18 @@ from transformers import (
 
 import common
 import ppo
+import rejection_sample
 import reward
 import sft
 
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).resolve().parent.parent
-STAGES = dict(sft=sft, reward=reward, ppo=ppo)
+STAGES = dict(sft=sft, reward=reward, ppo=ppo, rejection_sample=rejection_sample)
 PPO_METRICS = """step episodes score score_std score_penalised reward kl kl_coef approx_kl clipfrac
     ratio entropy pg_loss vf_loss explained_variance response_len eos_rate lr rollout_tokens_per_s
     update_tokens_per_s seconds peak_memory_gib""".split()
 CLOCK = """seconds peak_memory_gib rollout_seconds update_seconds rollout_tokens_per_s
     update_tokens_per_s""".split()
-
-QUESTIONS = ["What is the capital?", "tell me a story", "boil an egg", "the sea", "你好", "How?"]
-ANSWERS = ["The capital is Paris.", "Once there was a boat.", "Put it into hot water.", "wait"]
-RULES = """
-def letters(response):
-    return sum(c.isascii() and c.isalpha() for c in response)
-
-def score(prompts, responses):
-    return [letters(r) for r in responses]
-
-def share(prompts, responses):
-    return [letters(r) / max(1, len(r)) for r in responses]
-
-def constant(prompts, responses):
-    return [1 for r in responses]
-"""
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def chat(role, content):
-    return [dict(role=role, content=content)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder with a small file of each kind; `turns` holds chat messages."""
-    folder = tmp_path_factory.mktemp("data")
-    answered = [(q, ANSWERS[i % 4]) for i, q in enumerate(QUESTIONS * 2)]
-    write(folder / "sft.jsonl", [dict(prompt=q, completion=a) for q, a in answered])
-    write(folder / "pairs.jsonl", [dict(prompt=q, chosen=a, rejected="egg") for q, a in answered])
-    scored = [dict(prompt=q, response=a, score=len(a) / 10) for q, a in answered]
-    write(folder / "scores.jsonl", scored)
-    ranked = [dict(prompt=q, responses=[a, "egg", "no"], ranks=[1, 2, 3]) for q, a in answered]
-    write(folder / "lists.jsonl", ranked)
-    write(folder / "prompts.jsonl", [dict(prompt=q) for q in QUESTIONS])
-    write(folder / "eval_prompts.jsonl", [dict(prompt=q + " Please") for q in QUESTIONS[:3]])
-    turns = [dict(messages=chat("user", q) + chat("assistant", a)) for q, a in answered]
-    write(folder / "turns.jsonl", turns)
-    write(folder / "chat_prompts.jsonl", [dict(prompt=chat("user", q)) for q in QUESTIONS])
-    (folder / "rule.py").write_text(RULES)
-    return folder
-
-
-def sft_config(files, folder, out, **flags):
-    settings = dict(
-        model=str(folder), data=str(files / "sft.jsonl"), eval_data=str(files / "sft.jsonl"),
-        batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
-    )  # fmt: skip
-    return sft.Config(**(settings | flags))
-
 
 def reward_config(files, folder, out, **flags):
     settings = dict(
@@ -105,7 +64,19 @@ def ppo_config(files, folder, out, **flags):
     return ppo.Config(**(settings | flags))
 
 
-CONFIGS = dict(sft=sft_config, reward=reward_config, ppo=ppo_config)
+def rejection_sample_config(files, folder, out, **flags):
+    settings = dict(
+        policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
+        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"),
+        n=8, num_samples=4, max_new_tokens=40, batch_size=2, epochs=10.0, steps=2, lr=1e-3,
+        warmup=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return rejection_sample.Config(**(settings | flags))
+
+
+CONFIGS = dict(
+    sft=sft_config, reward=reward_config, ppo=ppo_config, rejection_sample=rejection_sample_config
+)
 
 
 def flags_of(cfg):
@@ -117,34 +88,6 @@ def flags_of(cfg):
         elif value is not False and value != "":
             flags += [f"--{name}", str(value)]
     return flags
-
-
-def strict(text):
-    """JSON as other languages read it: no NaN, no Infinity."""
-
-    def refuse(name):
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def rows_of(out, name="metrics"):
-    text = (Path(out) / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [strict(line) for line in text.splitlines()]
-
-
-def eval_of(out):
-    return strict((Path(out) / "eval.json").read_text(encoding="utf-8"))
-
-
-def letters(text):
-    return sum(c.isascii() and c.isalpha() for c in text)
-
-
-def weights_of(out):
-    from safetensors.torch import load_file
-
-    return load_file(Path(out) / "model.safetensors")
 
 
 def plain_scores(out, inputs):
@@ -166,7 +109,7 @@ def script(name, *flags):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_the_three_stages_by_their_command_lines(tmp_path, data, tiny_folder):
+def test_the_stages_by_their_command_lines(tmp_path, data, tiny_folder):
     configs = dict(
         sft=sft_config(data, tiny_folder, tmp_path / "sft"),
         reward=reward_config(data, tmp_path / "sft", tmp_path / "reward"),
@@ -174,6 +117,10 @@ def test_the_three_stages_by_their_command_lines(tmp_path, data, tiny_folder):
             data, tmp_path / "sft", tmp_path / "ppo", reward_fn="", reward=str(tmp_path / "reward")
         ),
     )
+    configs["rejection_sample"] = rejection_sample_config(
+        data, tmp_path / "sft", tmp_path / "rejection_sample", reward_fn="",
+        reward=str(tmp_path / "reward"),
+    )  # fmt: skip
     for name, cfg in configs.items():
         done = script(name, *flags_of(cfg))
         assert done.returncode == 0, done.stderr
@@ -181,7 +128,8 @@ def test_the_three_stages_by_their_command_lines(tmp_path, data, tiny_folder):
         settings = json.loads((tmp_path / name / "run.json").read_text())
         changed = {k for k, v in settings.items() if vars(cfg)[k] != v}
         assert not changed and {"lr", "seed", "batch_size"} < set(settings)
-    assert "before" in done.stdout and "after" in done.stdout
+        if name in ("ppo", "rejection_sample"):
+            assert "before" in done.stdout and "after" in done.stdout
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
     started = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     moved = [not torch.equal(a, b) for a, b in zip(policy.parameters(), started.parameters())]
@@ -656,6 +604,22 @@ BAD = [
     ("ppo", dict(gold_fn="rules.py:raises"), "ZeroDivisionError"),
     ("ppo", dict(ptx_coef=0.1, ptx_data="prompts.jsonl"), "prompts.jsonl:1"),
     ("ppo", dict(max_prompt_tokens=1), "prompts"),
+    ("rejection_sample", dict(policy="REWARD"), "causal"),
+    ("rejection_sample", dict(reward="SFT", reward_fn=""), "reward model"),
+    ("rejection_sample", dict(data="missing.jsonl"), "missing.jsonl"),
+    ("rejection_sample", dict(data="scores_only.jsonl"), "scores_only.jsonl:1"),
+    ("rejection_sample", dict(pairs="prompts.jsonl"), "prompts.jsonl:1"),
+    ("rejection_sample", dict(pairs="pairs.jsonl", max_length=3), "pairs"),
+    ("rejection_sample", dict(pairs="pairs.jsonl", loss="none"), "--loss"),
+    ("rejection_sample", dict(method="rso", num_samples=8), "--num_samples"),
+    ("rejection_sample", dict(method="rso", n=3), "--num_samples"),
+    ("rejection_sample", dict(method="rso", rso_beta=0.0), "--rso_beta"),
+    ("rejection_sample", dict(beta=-0.1), "--beta"),
+    ("rejection_sample", dict(n=-1), "--n"),
+    ("rejection_sample", dict(loss="slic"), "--loss"),
+    ("rejection_sample", dict(rank="last_round"), "--rank"),
+    ("rejection_sample", dict(gold_fn="rules.py:raises"), "ZeroDivisionError"),
+    ("rejection_sample", dict(prompt="hello", reward_fn="rules.py:raises"), "ZeroDivisionError"),
 ]
 
 
@@ -758,6 +722,7 @@ STOPPED = dict(
         steps=5, warmup=2, objective="kl", kl_target=1.0, kl_horizon=20, beta_target=1e-9,
         ppo_epochs=2, minibatches=2, ptx_coef=0.1, lr_schedule="linear",
     ),
+    rejection_sample=dict(steps=5, warmup=2),
 )  # fmt: skip
 
 
@@ -802,7 +767,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, whole, monkeypatc
     assert rows[0] == rows[1] and len(rows[0]) == 5
     names = [{path.name for path in Path(cfg.out).iterdir()} for cfg in (whole, parts)]
     assert names[0] == names[1]
-    if name == "ppo":
+    if name in ("ppo", "rejection_sample"):
         assert rows_of(whole.out, "samples") == rows_of(parts.out, "samples")
 
 
