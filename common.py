@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -94,53 +94,87 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 #
 # S slots hold S sequences at different lengths. Each attention module keeps K/V buffers, a row
 # writes its new key at its own length, and a finished row's slot takes the next waiting prompt.
-# Nothing is padded on the left and nothing is re-ordered.
+# Nothing is padded on the left and nothing is re-ordered. Whatever a decode step reads and writes
+# stays in place, so on CUDA the step is a graph, and replaying it one launch.
+
+
+@dataclass
+class Sampling:
+    eos: list  # token ids that end a response
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
 
 
 class Slots:
     """The sequences being generated: fixed buffers on the device, one row a slot."""
 
-    def __init__(self, size, max_length, max_new_tokens, device):
-        self.size, self.max_length = size, max_length
+    def __init__(self, size, max_length, sampling, device):
+        self.size, self.max_length, self.sampling = size, max_length, sampling
         self.rows = torch.arange(size, device=device)
+        self.eos = torch.tensor(sampling.eos, device=device)
         zeros = partial(torch.zeros, dtype=torch.long, device=device)
         self.token = zeros(size)  # last sampled, not in the cache yet
         self.length = zeros(size)  # tokens in the cache
         self.count = zeros(size)  # tokens sampled
         self.done = torch.ones(size, dtype=torch.bool, device=device)  # answered, or never used
-        self.out = zeros(size, max_new_tokens)
+        self.out = zeros(size, sampling.max_new_tokens)
+        self.logprobs = torch.zeros(size, sampling.max_new_tokens, device=device)
+        self.noise = None  # (S, V), drawn afresh before each step
         self.filling = None  # during a prefill: the slots that its rows go to
         self.mask = None  # during a decode step: (S, 1, 1, kv) cached positions each row may see
+        self.graphs = {}  # kv: the decode step over that many cached positions
+        self.draw = draw
 
-    def append(self, rows, tokens, eos):
-        """Append one sampled token (n,) to each of `rows` (n,) that is not done yet."""
+    def fit(self, size, max_length, sampling):
+        """Whether these can serve another call; its graphs have the settings built in."""
+        return self.size == size and self.max_length >= max_length and self.sampling == sampling
+
+    def answers(self, slots):
+        """What was sampled in each of `slots`: (token ids, log-probs)."""
+        counts, tokens, logprobs = (
+            x[slots].tolist() for x in (self.count, self.out, self.logprobs)
+        )
+        return [(t[:n], p[:n]) for n, t, p in zip(counts, tokens, logprobs)]
+
+    def append(self, rows, logits, noise):
+        """Draw a token from logits (n, V) for each of `rows` (n,) that is not done yet."""
+        tokens, logprobs = self.draw(logits, noise, self.sampling)
         going = ~self.done[rows]
         at = self.count[rows].clamp(max=self.out.shape[1] - 1)
         self.out[rows, at] = torch.where(going, tokens, self.out[rows, at])
+        self.logprobs[rows, at] = torch.where(going, logprobs, self.logprobs[rows, at])
         self.token[rows] = tokens
         self.count[rows] += going
-        self.done[rows] |= torch.isin(tokens, eos) | (self.count[rows] == self.out.shape[1])
+        ended = (tokens[:, None] == self.eos).any(-1) | (self.count[rows] == self.out.shape[1])
+        self.done[rows] |= ended
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, slots=None, **kwargs):
-    """Attention for transformers' AttentionInterface, over K/V buffers filled row by row.
+    """Attention for transformers' AttentionInterface, over K/V buffers filled row by row; without
+    `slots`, in training, plain causal attention.
 
     query (B, H, Q, D), key and value (B, G, Q, D): G groups of H/G heads. Returns (B, Q, H, D).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("capped scores or attention sinks")  # a short check may not notice them
+    if key.shape[2] != query.shape[2]:
+        raise ValueError("a K/V cache of transformers; generate through common.generate")
     B, H, Q, D = query.shape
     G = key.shape[1]
+    causal = partial(
+        F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=G != H
+    )
+    if slots is None:
+        return causal(query, key, value).transpose(1, 2), None
     if slots.filling is not None:
         if getattr(module, "slot_keys", None) is None:
             module.slot_keys = key.new_zeros(slots.size, G, slots.max_length, D)
             module.slot_values = value.new_zeros(slots.size, G, slots.max_length, value.shape[-1])
         module.slot_keys[slots.filling, :, :Q] = key
         module.slot_values[slots.filling, :, :Q] = value
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=G != H
-        )
-        return out.transpose(1, 2), None
+        return causal(query, key, value).transpose(1, 2), None
     module.slot_keys[slots.rows, :, slots.length] = key[:, :, 0]
     module.slot_values[slots.rows, :, slots.length] = value[:, :, 0]
     kv = slots.mask.shape[-1]
@@ -159,36 +193,44 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
 AttentionInterface.register("slots", slot_attention)
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token a row from softmax(logits / temperature), or the argmax at 0: (S, V) -> (S,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the first token is always inside
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    # argmax(logits + Gumbel noise) is a draw from softmax(logits), and -log(Exponential) is Gumbel.
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log()).argmax(-1)
+def draw(logits, noise, sampling):
+    """One token a row of logits (n, V), and its log-prob under softmax(logits / temperature): two
+    (n,). `noise` (n, V) is uniform in [0, 1), and not used where temperature is 0.
+    """
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, token_logprobs(logits, tokens)
+    scaled = logits.float() / sampling.temperature
+    kept = scaled
+    if sampling.top_k:
+        kth = kept.topk(min(sampling.top_k, kept.shape[-1])).values[:, -1:]
+        kept = kept.masked_fill(kept < kth, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = kept.softmax(-1).sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first is always inside
+        kept = kept.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    # argmax(logits + Gumbel noise) is a draw from softmax(logits); -log(-log(uniform)) is Gumbel.
+    tokens = (kept - (-noise.log()).log()).argmax(-1)
+    return tokens, token_logprobs(scaled, tokens)
 
 
-def prefill(model, slots, free, prompts):
-    """Run n prompts into the slots `free`; returns the logits after each prompt (n, V)."""
+def prefill(model, slots, free, prompts, generator=None):
+    """Run n prompts into the slots `free` and draw the first token of each response."""
     device = slots.rows.device
+    rows = slots.filling = torch.tensor(free, device=device)
     last = torch.tensor([len(p) - 1 for p in prompts], device=device)
-    slots.filling = torch.tensor(free, device=device)
-    hidden = hidden_states(model, pad_right(prompts, device), slots=slots)  # (n, P, d)
-    slots.length[slots.filling] = last + 1
-    slots.filling = None
-    return lm_head(model)(hidden[torch.arange(len(prompts), device=device), last])
+    with as_it_is(model):  # or it would compile for every number of prompts
+        hidden = hidden_states(model, pad_right(prompts, device), slots=slots)  # (n, P, d)
+        slots.filling = None
+        slots.length[rows], slots.count[rows], slots.done[rows] = last + 1, 0, False
+        logits = lm_head(model)(hidden[torch.arange(len(free), device=device), last])  # (n, V)
+        if slots.noise is None:
+            slots.noise = torch.empty(slots.size, logits.shape[-1], device=device)
+        slots.append(rows, logits, slots.noise[: len(free)].uniform_(generator=generator))
 
 
-def decode(model, slots, kv):
-    """Feed every slot its last token, `kv` cached positions at most; returns logits (S, V)."""
+def decode_logits(model, slots, kv):
+    """Feed every slot its last token; it sees at most `kv` cached positions. Returns (S, V)."""
     seen = torch.arange(kv, device=slots.rows.device) <= slots.length[:, None]  # itself included
     slots.mask = seen[:, None, None]
     hidden = hidden_states(
@@ -197,75 +239,129 @@ def decode(model, slots, kv):
     return lm_head(model)(hidden[:, 0])
 
 
+def decode(model, slots, kv):
+    """The next token of every slot that is not done yet."""
+    logits = decode_logits(model, slots, kv)
+    slots.length += ~slots.done
+    slots.append(slots.rows, logits, slots.noise)
+
+
+def uses_graphs(device):
+    return device.type == "cuda"
+
+
+def capture(step):
+    """`step` as a CUDA graph: a call runs its kernels again, on the same memory, in one launch.
+
+    It must have run before, so that nothing is left to compile or to set up.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:  # a model whose step needs the host, say for its rotary angles
+        print(f"generate: no CUDA graph of the decode step ({str(error).splitlines()[0]})")
+        return step
+    return graph.replay
+
+
 @torch.no_grad()
 def generate(
     model, prompts, max_new_tokens, eos_id, temperature=1.0, top_k=0, top_p=1.0,
-    generator=None, slots=256,
+    generator=None, slots=256, logprobs=False,
 ):  # fmt: skip
     """Sample one response to each prompt.
 
     prompts: lists of token ids, of any lengths. eos_id: an int or several. temperature 0 is greedy.
     `slots` sequences run at once; a finished one makes room for the next prompt. Returns lists of
-    token ids in the order of the prompts, EOS kept when it was sampled. The model is left as it was
-    found. A model whose attention cannot be hooked goes through `model.generate`. Raises ValueError
-    for an empty prompt.
+    token ids in the order of the prompts, EOS kept when it was sampled; with `logprobs` also lists
+    of their log-probs under softmax(logits / temperature), as the sampler saw them. A model whose
+    attention cannot be hooked goes through `model.generate`, and has None for log-probs. The model
+    is left as it was found, but on CUDA it keeps the buffers and graphs for the next call: change
+    its weights in place. Raises ValueError for an empty prompt.
     """
     if min((len(p) for p in prompts), default=1) == 0:
         raise ValueError("generate: an empty prompt has no token to continue from")
-    eos = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=model.device)
-    draw = lambda logits: sample(logits, temperature, top_k, top_p, generator)  # noqa: E731
+    eos = [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    sampling = Sampling(eos, max_new_tokens, temperature, top_k, top_p)
     max_length = max((len(p) for p in prompts), default=0) + max_new_tokens
     if not slots_work(model, max_length):
-        return transformers_generate(
-            model, prompts, max_new_tokens, eos, temperature, top_k, top_p, generator, slots
-        )
+        responses = transformers_generate(model, prompts, sampling, generator, slots)
+        return (responses, None) if logprobs else responses
 
-    state = Slots(min(slots, len(prompts)), max_length, max_new_tokens, model.device)
-    waiting = list(range(len(prompts)))
-    responses = [None] * len(prompts)
-    answering = [None] * state.size  # which prompt each slot works on
-    burst = 16 if model.device.type == "cuda" else 1  # steps between two looks at the device
+    # With graphs the host looks at the device once in `burst` steps, and one graph serves a whole
+    # `bucket` of lengths.
+    burst, bucket = (16, 128) if uses_graphs(model.device) else (1, 1)
     together = max(1, 16384 // max_length)  # prompts of one prefill, for its memory's sake
-    with slot_model(model):
+    waiting, answers = list(range(len(prompts))), [None] * len(prompts)
+    with slot_model(model, min(slots, len(prompts)), max_length, sampling) as state:
+        answering = [None] * state.size  # which prompt each slot works on
         while True:
-            for slot in state.done.nonzero().flatten().tolist():
-                if answering[slot] is not None:
-                    responses[answering[slot]] = state.out[slot, : state.count[slot]].tolist()
-                    answering[slot] = None
-            free = [slot for slot, prompt in enumerate(answering) if prompt is None]
-            free = free[: min(len(waiting), together)]
-            if free:
+            done = state.done.nonzero().flatten().tolist()
+            done = [slot for slot in done if answering[slot] is not None]
+            for slot, answer in zip(done, state.answers(done)):
+                answers[answering[slot]] = answer
+                answering[slot] = None
+            # A prefill costs as much as a decode step or more: it waits for an eighth of the slots.
+            while waiting and answering.count(None) >= max(1, state.size // 8):
+                free = [slot for slot, prompt in enumerate(answering) if prompt is None]
+                free = free[: min(together, len(waiting))]
                 taken, waiting = waiting[: len(free)], waiting[len(free) :]
                 for slot, prompt in zip(free, taken):
                     answering[slot] = prompt
-                rows = torch.tensor(free, device=model.device)
-                logits = prefill(model, state, free, [prompts[i] for i in taken])
-                state.count[rows] = 0
-                state.done[rows] = False
-                state.append(rows, draw(logits), eos)
-            if all(prompt is None for prompt in answering):
-                return responses
-            kv = min(max_length, int(state.length.max()) + burst)
+                prefill(model, state, free, [prompts[i] for i in taken], generator)
+            if answering.count(None) == state.size:
+                break
+            kv = -(-(int(state.length.max()) + burst) // bucket) * bucket
             for _ in range(burst):
-                logits = decode(model, state, kv)
-                state.length += ~state.done
-                state.append(state.rows, draw(logits), eos)
+                decode_step(model, state, min(kv, state.max_length), generator)
+    responses, their_logprobs = zip(*answers) if answers else ((), ())
+    return (list(responses), list(their_logprobs)) if logprobs else list(responses)
+
+
+def decode_step(model, slots, kv, generator):
+    """`decode`, from its graph where there is one."""
+    slots.noise.uniform_(generator=generator)
+    if kv in slots.graphs:
+        slots.graphs[kv]()
+        return
+    decode(model, slots, kv)
+    if uses_graphs(model.device):
+        slots.graphs[kv] = capture(partial(decode, model, slots, kv))
 
 
 @contextmanager
-def slot_model(model):
-    """The model in eval mode with slot attention; afterwards as it was, its buffers freed."""
+def slot_model(model, size, max_length, sampling):
+    """The model in eval mode with slot attention, and slots for it; afterwards it is as it was."""
     training, attention = model.training, model.config._attn_implementation
+    graphs, keep = uses_graphs(model.device), False
+    slots = vars(model).pop("kept_slots", None)
+    if slots is None or not slots.fit(size, max_length, sampling):
+        drop_buffers(model)
+        room = -(-max_length // 128) * 128 if graphs else max_length  # for longer prompts to come
+        slots = Slots(size, room, sampling, model.device)
+        if is_compiled(model):
+            slots.draw = torch.compile(draw, dynamic=False)
+    slots.done.fill_(True)
+    slots.length.zero_()
     model.eval()
     model.set_attn_implementation("slots")
     try:
-        yield
+        yield slots
+        keep = graphs  # they took time to capture
     finally:
         model.set_attn_implementation(attention)
         model.train(training)
-        for module in model.modules():
-            module.__dict__.pop("slot_keys", None)
-            module.__dict__.pop("slot_values", None)
+        if keep:
+            model.kept_slots = slots
+        else:
+            drop_buffers(model)
+
+
+def drop_buffers(model):
+    for module in model.modules():
+        module.__dict__.pop("slot_keys", None)
+        module.__dict__.pop("slot_values", None)
 
 
 def slots_work(model, max_length):
@@ -275,7 +371,8 @@ def slots_work(model, max_length):
     if not getattr(config, "use_sliding_window", True):
         window = None
     if not hasattr(model, "slots_agree"):
-        model.slots_agree = slots_agree(model)
+        with as_it_is(model):
+            model.slots_agree = slots_agree(model)
     works = model.slots_agree and (window is None or window >= max_length)
     if not works and not hasattr(model, "slots_told"):
         model.slots_told = True  # once is enough
@@ -288,15 +385,14 @@ def slots_agree(model):
     """Whether a prefill and a step in two slots give the logits of a plain forward."""
     has_plain_head(model)  # found while the model's own attention is still in place
     ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
-    slots = Slots(2, 10, 2, model.device)
     training = model.training
     model.eval()  # no dropout between the two
     try:
         plain = [model(ids[None, :n], use_cache=False).logits[0, -1] for n in (6, 9)]
-        with slot_model(model):
+        with slot_model(model, 2, 10, Sampling([], 2)) as slots:
             prefill(model, slots, [0, 1], [ids[:5].tolist(), ids[:8].tolist()])
             slots.token[:] = ids[[5, 8]]
-            step = decode(model, slots, 10)
+            step = decode_logits(model, slots, 10)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     finally:
@@ -306,15 +402,14 @@ def slots_agree(model):
     return bool(gap < (1e-3 if model.dtype == torch.float32 else coarse))
 
 
-def transformers_generate(
-    model, prompts, max_new_tokens, eos, temperature, top_k, top_p, generator, batch_size
-):
+def transformers_generate(model, prompts, sampling, generator, batch_size):
     """The same through `model.generate`, padded on the left, for models slots cannot run."""
     responses = []
-    training, eos_ids = model.training, set(eos.tolist())
+    training, eos_ids = model.training, set(sampling.eos)
     how = dict(do_sample=False)
-    if temperature > 0:
-        how = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    if sampling.temperature > 0:
+        how = dict(do_sample=True, temperature=sampling.temperature)
+        how |= dict(top_k=sampling.top_k, top_p=sampling.top_p)
     model.eval()
     # Fresh, or the repetition penalty and the like of the model's own settings would apply.
     config, model.generation_config = model.generation_config, GenerationConfig()
@@ -333,8 +428,8 @@ def transformers_generate(
                 out = model.generate(
                     ids,
                     attention_mask=seen,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=list(eos_ids),
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=sampling.eos,
                     pad_token_id=0,
                     **how,
                 )
@@ -433,7 +528,31 @@ def load_model(auto_class, path, device, dtype, **kwargs):
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-    return model.to(device).train()
+    model = model.to(device).train()
+    use_causal_attention(model)
+    return model
+
+
+@torch.no_grad()
+def use_causal_attention(model):
+    """Let every forward use `slot_attention`, where that changes nothing: transformers' own reads
+    the position ids back to the host in each forward, to see whether sequences are packed.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if window:
+        return
+    ids = torch.arange(2, 12, device=model.device)[None] % config.vocab_size
+    attention = model.config._attn_implementation
+    try:
+        own = model.base_model(input_ids=ids, use_cache=False)[0].float()
+        model.set_attn_implementation("slots")
+        gap = (model.base_model(input_ids=ids, use_cache=False)[0].float() - own).abs().max()
+        if gap <= (1e-4 if model.dtype == torch.float32 else 0.05) * own.abs().max():
+            return
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        pass
+    model.set_attn_implementation(attention)
 
 
 @torch.no_grad()
@@ -551,14 +670,25 @@ def compile_layers(model, mode):
     """
     big = model.device.type == "cuda" and sum(p.numel() for p in model.parameters()) > 50e6
     if mode == "on" or (mode == "auto" and big):
-        # Every model of a family shares the recompile limit of its layer code, and past it layers
-        # run eagerly.
+        # All models of a family share the recompile limit of their layer code. Past it layers would
+        # run eagerly, several times slower, with one line of warning: rather stop.
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         layers = max(
             (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]
         )
         for layer in layers:
             layer.compile(dynamic=True)
+        model.layers_compiled = True
+
+
+def is_compiled(model):
+    return getattr(model, "layers_compiled", False)
+
+
+def as_it_is(model):
+    """A context in which compiled layers run uncompiled."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 def copy_weights(source, target):
@@ -890,22 +1020,27 @@ def collate(examples, rows, device):
     trained = [[i for i, m in enumerate(examples[row][1]) if m] for row in rows]
     return Batch(
         ids=pad_right(ids, device),
-        lengths=torch.tensor([len(x) for x in ids], device=device),
+        lengths=on_device([len(x) for x in ids], device),
         tokens=pad_right([[x[i] for i in at] for x, at in zip(ids, trained)], device),
         positions=pad_right([[i - 1 for i in at] for at in trained], device),
         mask=pad_right([[1.0] * len(at) for at in trained], device),
         real=(
-            torch.tensor([row for row, at in enumerate(trained) for _ in at], device=device),
-            torch.tensor([column for at in trained for column in range(len(at))], device=device),
+            on_device([row for row, at in enumerate(trained) for _ in at], device),
+            on_device([column for at in trained for column in range(len(at))], device),
         ),
-        rows=torch.tensor(rows, device=device),
+        rows=on_device(list(rows), device),
     )
 
 
 def pad_right(rows, device):
     """Lists of different lengths -> (B, longest) tensor with zeros on the right."""
     width = max(len(row) for row in rows)
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    return on_device([row + [0] * (width - len(row)) for row in rows], device)
+
+
+def on_device(numbers, device):
+    """A tensor of lists, without waiting for what the device is doing."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def micro_batches(lengths, max_tokens, rows=None):
@@ -1004,10 +1139,11 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
                 join(encode_prompt(reward_tokenizer, p), encode_response(reward_tokenizer, p, text))
                 for p, text in zip(prompts, texts)
             ]
-        scores = torch.zeros(len(examples))
+        scores = torch.zeros(len(examples), device=reward.device)
         for rows in micro_batches([len(ids) for ids, _ in examples], max_tokens):
-            scores[rows] = sequence_scores(reward, collate(examples, rows, reward.device)).cpu()
-        return scores
+            batch = collate(examples, rows, reward.device)
+            scores[batch.rows] = sequence_scores(reward, batch)
+        return scores.cpu()
 
     return score
 
@@ -1331,6 +1467,38 @@ def make_missing_stages(cfg):
         signal.signal(signal.SIGINT, handler)
         if code:
             raise SystemExit(code)
+
+
+PEAK_TFLOPS = dict(A100=312, H100=989, H200=989)  # bfloat16, dense, by the maker's data sheet
+
+
+def training_flops(models, tokens, head_tokens):
+    """Floating-point operations of a forward and a backward of `models`: 6 for each token and
+    weight of the layers, 6 for each response token and weight of an LM head. Attention's products
+    of tokens with tokens are left out.
+    """
+    flops = 0
+    for model in models:
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        head = 0 if head is None else head.weight.numel()
+        tied = model.config.get_text_config().tie_word_embeddings
+        layers = model.num_parameters() - embedding.numel() - (0 if tied else head)
+        flops += 6 * (tokens * layers + head_tokens * head)
+    return flops
+
+
+def utilisation(flops, seconds, device):
+    """Model FLOP/s utilisation (MFU) against the peak it assumes; nothing where that is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return dict(update_mfu=flops / seconds / peak / 1e12, peak_tflops=peak) if peak else {}
+
+
+def clock(device):
+    """Seconds, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory_gib():

@@ -28,7 +28,6 @@ Where this departs from the papers:
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -332,11 +331,20 @@ def ptx_batches(demonstrations, number, cfg, device):
     return [common.collate(demonstrations, part, device) for part in parts]
 
 
-def rollout_metrics(rollout):
-    """Means over real tokens; `kl` and `reward` are sums over a response, averaged."""
+def rollout_metrics(rollout, sampler_logprobs):
+    """Means over real tokens; `kl` and `reward` are sums over a response, averaged.
+
+    sampler_gap is how far the log-probs at sampling time, by pi_old one token at a time, are from
+    those of the training forward. They are the same model, but for rounding.
+    """
     errors = masked_variance(rollout.returns - rollout.values, rollout.mask)
     variance = masked_variance(rollout.returns, rollout.mask)
-    return dict(
+    gap = {}
+    if sampler_logprobs:  # not where transformers generated
+        gaps = common.pad_right(sampler_logprobs, rollout.mask.device) - rollout.logprobs
+        gap["sampler_gap"] = masked_mean(gaps.abs(), rollout.mask).item()
+        gap["sampler_gap_max"] = gaps.abs().max().item()
+    return gap | dict(
         kl=(rollout.logprobs - rollout.ref_logprobs).sum(1).mean().item(),
         reward=rollout.rewards.sum(1).mean().item(),
         entropy=masked_mean(rollout.entropy, rollout.mask).item(),
@@ -424,15 +432,15 @@ def main(cfg):
 
     for step in run.steps(cfg.steps):
         # 1. Sample: pi_old answers a batch of prompts.
-        clock = time.perf_counter()
+        start = common.clock(device)
         queries = [prompts[i] for i in common.epoch_batch(len(prompts), B, step, cfg.seed)]
         texts, query_ids = [q["prompt"] for q in queries], [q["ids"] for q in queries]
         generator = common.make_generator(device, cfg.seed, step, "rollout")
-        responses = common.generate(
+        responses, sampler_logprobs = common.generate(
             pi_old, query_ids, cfg.max_new_tokens, eos, cfg.temperature,
-            generator=generator, slots=cfg.slots,
+            generator=generator, slots=cfg.slots, logprobs=True,
         )  # fmt: skip
-        rollout_seconds = time.perf_counter() - clock
+        sampled = common.clock(device)
 
         # 2. Score: the reward model reads each whole answer; one cut at the limit pays for that,
         # and every token pays for leaving the reference.
@@ -457,7 +465,7 @@ def main(cfg):
 
         # 4. K epochs of the objective on this rollout. Policy and value take turns, so that only
         # one of them holds gradients.
-        clock = time.perf_counter()
+        scored = common.clock(device)
         for optimizer, lr in ((value_optimizer, cfg.value_lr), (policy_optimizer, cfg.lr)):
             lr = common.set_lr(optimizer, lr, step, cfg.steps, cfg.warmup, cfg.lr_schedule)
         shuffle = common.make_generator("cpu", cfg.seed, step, "epochs")
@@ -475,13 +483,13 @@ def main(cfg):
                 stats |= update_value(value, value_optimizer, minibatches[i], rollout, cfg)
                 history.append(stats)
                 approx_kl = stats["approx_kl"].item()  # the host reads once per optimiser step
-        update_seconds = time.perf_counter() - clock
+        updated = common.clock(device)
 
         # 5. Sync: pi_old <- pi.
         common.copy_weights(policy, pi_old)
 
         metrics = {k: torch.stack([h[k] for h in history]).mean().item() for k in history[0]}
-        metrics |= rollout_metrics(rollout) | coefs
+        metrics |= rollout_metrics(rollout, sampler_logprobs) | coefs
         if gold:
             good = gold(texts, query_ids, responses) >= 0.5
             metrics["gold"] = good.float().mean().item()
@@ -495,20 +503,26 @@ def main(cfg):
             gap = (rollout.logprobs - rollout.ref_logprobs).abs().max().item()
             run.print(f"step 1: KL to the reference {metrics['kl']:.2g}, largest gap {gap:.2g}")
         tokens = sum(len(ids) for ids, _ in examples)
+        new_tokens = sum(len(response) for response in responses)
+        passes = len(history) / cfg.minibatches  # over the rollout, by each of the two models
+        flops = passes * common.training_flops((policy, value), tokens, new_tokens)
         run.log(
             ("score", "kl", "entropy") + (("gold",) if gold else ()),
             episodes=step * B,
             score=scores.mean().item(),
             score_std=scores.std(correction=0).item(),
             score_penalised=penalised.mean().item(),
-            response_len=sum(len(response) for response in responses) / B,
+            response_len=new_tokens / B,
             eos_rate=ended.mean().item(),
             lr=lr,
-            epochs=len(history) / cfg.minibatches,
-            rollout_seconds=rollout_seconds,
-            update_seconds=update_seconds,
-            rollout_tokens_per_s=sum(len(response) for response in responses) / rollout_seconds,
-            update_tokens_per_s=tokens * len(history) / cfg.minibatches / update_seconds,
+            epochs=passes,
+            rollout_seconds=sampled - start,
+            score_seconds=scored - sampled,
+            update_seconds=updated - scored,
+            rollout_tokens_per_s=new_tokens / (sampled - start),
+            score_tokens_per_s=tokens / (scored - sampled),
+            update_tokens_per_s=tokens * passes / (updated - scored),
+            **common.utilisation(flops, updated - scored, device),
             **metrics,
         )
         if cfg.sample_every and step % cfg.sample_every == 0:

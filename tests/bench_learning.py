@@ -96,15 +96,17 @@ def table(title, columns, rows):
 
 
 def rejection(work, seeds):
-    dpo = {
-        "DPO on 12,000 human pairs (direct)": dict(pairs=DATA / "pairs.jsonl", epochs=1),
-        "the same, 1,920 of them": dict(pairs=DATA / "pairs.jsonl", steps=60),
-        "DPO on best against worst of 8": dict(n=8),
-        "sample-rank: DPO on 8 of 64, ranked": dict(method="rso", rso_beta=1e9),
-        "RSO, rso_beta 2": dict(method="rso", rso_beta=2),
-        "RSO, rso_beta 0.5": dict(method="rso", rso_beta=0.5),
-    }
-    folder = lambda seed, name: work / f"{seed}/{name.replace(' ', '_')}"  # noqa: E731
+    human = DATA / "pairs.jsonl"
+    dpo = dict(  # folder: what it is, flags
+        direct=("DPO on 12,000 human pairs (direct)", dict(pairs=human, epochs=1)),
+        direct_1920=("DPO on 1,920 of them", dict(pairs=human, epochs=1, steps=60)),
+        best_of_8=("DPO on the best against the worst of 8", dict(n=8)),
+        sample_rank=(
+            "DPO on any 8 of 64 answers, ranked (sample-rank)", dict(method="rso", rso_beta=1e9)
+        ),
+        rso_2=("DPO on 8 of 64 by RSO, rso_beta 2", dict(method="rso", rso_beta=2)),
+        rso_half=("DPO on 8 of 64 by RSO, rso_beta 0.5", dict(method="rso", rso_beta=0.5)),
+    )  # fmt: skip
     waves = [[], [], [], []]
     for seed in seeds:
         sft, reward = work / f"{seed}/sft", work / f"{seed}/reward"
@@ -112,10 +114,10 @@ def rejection(work, seeds):
         for wave, commands in zip(waves, stages(work, seed)):
             wave += commands
         waves[2].append(command("ppo.py", work / f"{seed}/ppo", **shared))
-        for name, flags in dpo.items():
-            out = folder(seed, name)
+        for name, (_, flags) in dpo.items():
+            out = work / f"{seed}/{name}"
             waves[2].append(command("rejection_sample.py", out, **shared, **flags))
-        best = folder(seed, "DPO on best against worst of 8") / "sft.jsonl"
+        best = work / f"{seed}/best_of_8/sft.jsonl"
         waves[3].append(command(
             "sft.py", work / f"{seed}/sft_on_best", model=sft, data=best, seed=seed,
             eval_data=DATA / "eval_sft.jsonl", lr=1e-3, warmup=5, epochs=4,
@@ -125,14 +127,13 @@ def rejection(work, seeds):
     found = {}  # what -> a result for each seed
     for seed in seeds:
         sft, reward = work / f"{seed}/sft", work / f"{seed}/reward"
-        curve = results_of(folder(seed, "RSO, rso_beta 2"))["best_of_n"]
-        for point in curve:
+        for point in results_of(work / f"{seed}/sample_rank")["best_of_n"]:
             own = dict(gold_after=point["gold"], score_after=point["score"], kl=point["kl"])
-            found.setdefault(f"best of {point['n']}", []).append(own)
+            found.setdefault(f"best of {point['n']} (KL: the bound)", []).append(own)
         own = judge(work / f"{seed}/sft_on_best", sft, reward, seed)
         found.setdefault("SFT on best of 8", []).append(own)
-        for name in dpo:
-            found.setdefault(name, []).append(results_of(folder(seed, name)))
+        for name, (title, _) in dpo.items():
+            found.setdefault(title, []).append(results_of(work / f"{seed}/{name}"))
         found.setdefault("PPO", []).append(results_of(work / f"{seed}/ppo"))
     rows = []
     for name, results in found.items():

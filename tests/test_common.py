@@ -244,7 +244,7 @@ def test_generate_leaves_the_model_as_it_found_it(family, training):
 def test_generate_restores_the_model_when_it_is_interrupted(monkeypatch):
     model = make_llama(60).train()
     common.slots_work(model, 10)
-    monkeypatch.setattr(common, "decode", lambda *_: 1 / 0)
+    monkeypatch.setattr(common, "decode_step", lambda *_: 1 / 0)
     attention = model.config._attn_implementation
     with pytest.raises(ZeroDivisionError):
         common.generate(model, PROMPTS, 4, EOS)
@@ -346,9 +346,11 @@ N = 20_000
 
 
 def draw_counts(**kwargs):
-    draws = common.sample(
-        LOGITS.expand(N, -1), generator=torch.Generator().manual_seed(0), **kwargs
-    )
+    noise = torch.rand(N, len(LOGITS), generator=torch.Generator().manual_seed(0))
+    sampling = common.Sampling([], 1, **kwargs)
+    draws, logprobs = common.draw(LOGITS.expand(N, -1), noise, sampling)
+    log_p = (LOGITS.double() / sampling.temperature).log_softmax(-1)  # of the whole softmax
+    assert torch.allclose(logprobs.double(), log_p[draws], atol=1e-6)
     return torch.bincount(draws, minlength=len(LOGITS))
 
 
@@ -390,9 +392,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, temperature):
 
 def test_temperature_zero_is_argmax_per_row():
     logits = randn(9, 30)
-    assert common.sample(logits, temperature=0).tolist() == [
-        max(range(30), key=row.__getitem__) for row in logits.tolist()
-    ]
+    tokens, _ = common.draw(logits, None, common.Sampling([], 1, temperature=0))
+    assert tokens.tolist() == [max(range(30), key=row.__getitem__) for row in logits.tolist()]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

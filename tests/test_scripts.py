@@ -43,8 +43,8 @@ STAGES = dict(sft=sft, reward=reward, ppo=ppo, rejection_sample=rejection_sample
 PPO_METRICS = """step episodes score score_std score_penalised reward kl kl_coef approx_kl clipfrac
     ratio entropy pg_loss vf_loss explained_variance response_len eos_rate lr rollout_tokens_per_s
     update_tokens_per_s seconds peak_memory_gib""".split()
-CLOCK = """seconds peak_memory_gib rollout_seconds update_seconds rollout_tokens_per_s
-    update_tokens_per_s""".split()
+CLOCK = """seconds peak_memory_gib rollout_seconds score_seconds update_seconds
+    rollout_tokens_per_s score_tokens_per_s update_tokens_per_s""".split()
 
 def reward_config(files, folder, out, **flags):
     settings = dict(
