@@ -23,6 +23,10 @@ SENTENCES = [
 ]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; left out by -m 'not slow'")
+
+
 def make_tokenizer(vocab_size=320):
     return sft.new_tokenizer(SENTENCES * 4, vocab_size)
 

@@ -412,8 +412,161 @@ def test_generated_pairs_of_tokens_match_the_models_joint_distribution(temperatu
     assert_drawn_from(counts, first[:, None] * second)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
+@pytest.mark.parametrize("family", ["llama", *CONFIGS])
+def test_log_probs_at_sampling_are_those_of_the_training_forward(family, temperature):
+    """One token at a time through K/V buffers and refilled slots, against the whole sequence in one
+    forward; top-k and top-p do not count."""
+    model = cached_model(family)
+    responses, logprobs = common.generate(
+        model, PROMPTS * 2, 9, EOS, temperature, top_k=30, top_p=0.9, slots=5, logprobs=True,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    examples = [common.join(p, r) for p, r in zip(PROMPTS * 2, responses)]
+    batch = common.collate(examples, range(len(examples)), CPU)
+    with torch.no_grad():
+        expected = common.response_logprobs(model, batch, temperature or 1.0)
+    assert [len(p) for p in logprobs] == [len(r) for r in responses]
+    assert torch.allclose(common.pad_right(logprobs, CPU), expected, atol=1e-4)
+
+
+def test_a_model_that_transformers_generates_for_has_no_log_probs():
+    responses, logprobs = common.generate(windowed_mistral(), PROMPTS, 8, EOS, logprobs=True)
+    assert len(responses) == len(PROMPTS) and logprobs is None
+    assert common.generate(cached_model("llama"), [], 4, EOS, logprobs=True) == ([], [])
+
+
+# The way of a GPU, with Python functions in the place of graphs: bursts of steps between two looks,
+# steps kept by their range of lengths, buffers that stay for the next call.
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The steps that were captured, in order."""
+    captured = []
+
+    def capture(step):
+        captured.append(step)
+        return step
+
+    monkeypatch.setattr(common, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(common, "capture", capture)
+    return captured
+
+
+def test_with_graphs_greedy_equals_model_generate(graphs):
+    model = copy.deepcopy(cached_model("llama"))
+    expected = plain_greedy(model, PROMPTS, 12, [EOS])
+    for slots in (6, 2):
+        assert common.generate(model, PROMPTS, 12, EOS, temperature=0, slots=slots) == expected
+    assert model.state_dict().keys() == cached_model("llama").state_dict().keys()
+
+
+def test_a_graph_serves_a_range_of_lengths_and_later_calls(graphs):
+    model = copy.deepcopy(cached_model("llama"))
+    long = [[5 + i % 40 for i in range(n)] for n in (3, 110, 60)]
+    expected = plain_greedy(model, long, 18, [EOS])
+    assert common.generate(model, long, 18, EOS, temperature=0) == expected
+    assert len(graphs) == 1  # 128 positions: two bursts
+    buffers = [m.slot_keys.data_ptr() for m in model.modules() if hasattr(m, "slot_keys")]
+    assert len(buffers) == 2
+    for prompts in (PROMPTS[:3], long):  # shorter ones fit too
+        plain = plain_greedy(model, prompts, 18, [EOS])
+        assert common.generate(model, prompts, 18, EOS, temperature=0) == plain
+    assert len(graphs) == 1
+    assert buffers == [m.slot_keys.data_ptr() for m in model.modules() if hasattr(m, "slot_keys")]
+    longer = [[5 + i % 40 for i in range(n)] for n in (3, 120, 60)]  # 120 + 18 > 128: new buffers
+    # (this model's position embeddings are rotary, so 138 positions are fine)
+    plain = plain_greedy(model, longer, 18, [EOS])
+    assert common.generate(model, longer, 18, EOS, temperature=0) == plain and len(graphs) > 1
+
+
+def test_kept_graphs_see_weights_that_change_in_place_and_settings_that_change(graphs):
+    model = copy.deepcopy(cached_model("llama"))
+    first = common.generate(model, PROMPTS, 8, EOS, temperature=0)
+    common.copy_weights(make_llama(60, seed=5, initializer_range=0.3), model)
+    second = common.generate(model, PROMPTS, 8, EOS, temperature=0)
+    assert second == plain_greedy(model, PROMPTS, 8, [EOS]) != first and len(graphs) == 1
+    drawn = lambda **how: common.generate(  # noqa: E731
+        model, PROMPTS, 8, EOS, generator=torch.Generator().manual_seed(0), **how
+    )
+    hot = drawn(temperature=5.0)
+    assert drawn(temperature=1.0) != hot and drawn(temperature=5.0) == hot
+    assert drawn(temperature=5.0, top_k=1) == second
+
+
+@pytest.mark.slow  # a minute of compilation
+def test_compiled_layers_generate_the_same_without_compiling_for_every_length():
+    from torch._dynamo.utils import counters
+
+    model = copy.deepcopy(cached_model("llama"))
+    draw = lambda: common.generate(  # noqa: E731
+        model, PROMPTS * 2, 12, EOS, slots=4, generator=torch.Generator().manual_seed(0)
+    )
+    expected = draw()
+    common.compile_layers(model, "on")
+    counters.clear()
+    assert draw() == expected and draw() == expected
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 4  # lengths from 3 to 20 went through
+
+
+def test_with_graphs_sampled_pairs_match_the_joint_distribution(graphs):
+    test_generated_pairs_of_tokens_match_the_models_joint_distribution(1.0)
+
+
 # ----------------------------------------------------------------------------------------------
 # Models
+
+
+@pytest.mark.parametrize("family", ["llama", *CONFIGS])
+def test_training_forwards_do_not_read_position_ids_back(family, tmp_path, monkeypatch):
+    """transformers looks whether sequences are packed, on the host; our attention does not ask, and
+    a saved model shows no trace of it."""
+    from transformers import masking_utils
+
+    model = copy.deepcopy(cached_model(family))
+    batch = common.collate(EXAMPLES, range(3), CPU)
+    with torch.no_grad():
+        expected = common.response_logprobs(model, batch)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: 1 / 0)
+    if family != "opt":  # transformers' own attention does
+        with pytest.raises(ZeroDivisionError):
+            AutoModelForCausalLM.from_pretrained(tmp_path)(torch.tensor([[5, 6]]), use_cache=False)
+    monkeypatch.undo()
+    loaded = common.load_policy(tmp_path, CPU)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: 1 / 0)
+    with torch.no_grad():
+        assert torch.allclose(common.response_logprobs(loaded, batch), expected, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    assert "slots" not in (tmp_path / "again/config.json").read_text()
+    with pytest.raises(ValueError, match="common.generate"):
+        loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
+
+
+def test_attention_that_is_not_plainly_causal_is_left_alone(tmp_path):
+    windowed_mistral().save_pretrained(tmp_path / "mistral")
+    assert common.load_policy(tmp_path / "mistral", CPU).config._attn_implementation != "slots"
+    torch.manual_seed(0)
+    bert = BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=64, num_labels=1))
+    bert.save_pretrained(tmp_path / "bert")
+    assert common.load_reward(tmp_path / "bert", CPU).config._attn_implementation != "slots"
+
+
+def test_training_flops_against_torchs_own_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make_llama(200, hidden_size=64, intermediate_size=160, num_hidden_layers=4)
+    examples = [common.join([5, 6, 7, 8], [9, 10, EOS, 11]) for _ in range(6)]
+    batch = common.collate(examples, range(6), CPU)
+    common.has_plain_head(model)  # a forward of its own, the first time
+    with FlopCounterMode(display=False) as counter:
+        common.response_logprobs(model, batch).sum().backward()
+    assert common.training_flops([model], 48, 24) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
+
 
 EXAMPLES = [
     common.join([5, 6], [7, EOS]),

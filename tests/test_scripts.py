@@ -42,7 +42,8 @@ torch.set_num_threads(1)
 STAGES = dict(sft=sft, reward=reward, ppo=ppo, rejection_sample=rejection_sample)
 PPO_METRICS = """step episodes score score_std score_penalised reward kl kl_coef approx_kl clipfrac
     ratio entropy pg_loss vf_loss explained_variance response_len eos_rate lr rollout_tokens_per_s
-    update_tokens_per_s seconds peak_memory_gib""".split()
+    update_tokens_per_s seconds peak_memory_gib rollout_seconds score_seconds update_seconds
+    score_tokens_per_s sampler_gap sampler_gap_max""".split()
 CLOCK = """seconds peak_memory_gib rollout_seconds score_seconds update_seconds
     rollout_tokens_per_s score_tokens_per_s update_tokens_per_s""".split()
 
@@ -212,6 +213,7 @@ def test_ppo_outputs(tmp_path, data, sft_folder, reward_folder, objective):
         assert set(PPO_METRICS) <= set(row)
         assert row["epochs"] == (1 if objective == "pg" else 3)
         assert row["entropy"] > 0 and row["lr"] == cfg.lr
+        assert 0 <= row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4
     assert rows[0]["kl"] == 0 and rows[1]["kl"] != 0
     samples = rows_of(cfg.out, "samples")
     names = {"prompt", "before", "after", "score_before", "score_after"}
