@@ -14,9 +14,11 @@ attention mask and no position ids are needed. A `mask` is 1.0 on real response 
 included; it comes from lengths, never from `ids != pad`, since pad often is EOS.
 """
 
+import errno
 import gzip
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -30,6 +32,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -703,6 +706,29 @@ def make_adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
+def optimizer_step(model, optimizer, stats, batch_ids, cfg):
+    """Clip the gradient on the whole minibatch, step, and drop it.
+
+    Returns `stats`, scalars on the device, and the gradient's norm as floats: the one time in a
+    step that the host reads the device. When one is not finite, raises UserError before the weights
+    are touched; the token ids of the batch, batch_ids(), are in nonfinite.json.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    stats = stats | dict(grad_norm=norm)
+    stats = dict(zip(stats, torch.stack([x.detach() for x in stats.values()]).tolist()))
+    bad = [name for name, value in stats.items() if not math.isfinite(value)]
+    if bad:
+        path = Path(cfg.out) / "nonfinite.json"
+        write_json(path, dict(stats={k: str(v) for k, v in stats.items()}, ids=batch_ids()))
+        raise UserError(
+            f"{', '.join(bad)} not finite; the weights were not touched, and the batch is in {path}"
+            ": try a lower rate or a longer --warmup, and look for rewards out of all proportion"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return stats
+
+
 def set_lr(optimizer, lr, step, steps, warmup, schedule):
     """Linear warm-up over `warmup` steps, then constant or linear decay to 0 after `steps`; step
     counts from 1. Returns the rate.
@@ -720,6 +746,16 @@ def make_generator(device, *key):
     resumed run draws the same numbers.
     """
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def seed_all(*key):
+    """Seed the global generators of python, numpy and torch, for code that draws from them: a
+    --reward_fn, say.
+    """
+    number = make_generator("cpu", *key).initial_seed()
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
 
 
 def epoch_batch(n, size, step, seed):
@@ -888,6 +924,22 @@ def encode_prompt(tokenizer, prompt, where="prompt"):
     if not ids:
         raise UserError(f"{where}: the prompt has no tokens")
     return ids
+
+
+def context_length(model):
+    """Tokens that the model was made for; no limit where its config names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def prompt_room(model, cfg):
+    """The longest prompt, in tokens, that leaves the model room for an answer. Raises UserError."""
+    room = context_length(model) - cfg.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens {cfg.max_new_tokens}: no room for a prompt in the model's context "
+            f"of {context_length(model)} tokens"
+        )
+    return min(cfg.max_prompt_tokens, room)
 
 
 def load_prompts(rows, tokenizer, max_tokens):
@@ -1291,12 +1343,13 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out)
         self.start, self.stop_signal = 0, None
         settings = asdict(cfg)
-        for name in ("resume", "overwrite", "save_every", "device"):
+        for name in ("resume", "overwrite", "save_every", "keep", "device"):
             settings.pop(name)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: a file is in the way")
         replace = cfg.overwrite and (self.out / "run.json").exists()
-        if self.out.exists() and any(self.out.iterdir()) and not replace:
+        taken = self.out.exists() and any(path.suffix != ".tmp" for path in self.out.iterdir())
+        if taken and not replace:
             if not cfg.resume or not (self.out / "run.json").exists():
                 raise UserError(
                     f"--out {self.out} is not empty: continue its run with --resume, replace it "
@@ -1323,11 +1376,10 @@ class Run:
             shutil.rmtree(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "run.json", self.settings)
-        found = sorted(self.out.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
-        if not found:
+        if not self.checkpoints():
             self.metrics = open(self.out / "metrics.jsonl", "wb")
             return
-        folder = found[-1]
+        folder = self.checkpoints()[-1]
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         for name, thing in objects.items():
@@ -1344,9 +1396,14 @@ class Run:
         self.metrics.seek(0, os.SEEK_END)
         print(f"resumed {self.out} after step {self.start}")
 
+    def checkpoints(self):
+        """The whole ones, oldest first."""
+        found = self.out.glob("checkpoint-*[0-9]")
+        return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
+
     def checkpoint(self, step):
-        """Write checkpoint-STEP under a temporary name, rename it, and only then remove the one
-        before.
+        """Write checkpoint-STEP under a temporary name, rename it, and only then remove the ones
+        that are older than --keep.
         """
         folder, temporary = self.out / f"checkpoint-{step}", self.out / "checkpoint.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1367,9 +1424,8 @@ class Run:
                     os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        for old in self.out.glob("checkpoint-*[0-9]"):
-            if old != folder:
-                shutil.rmtree(old)
+        for old in self.checkpoints()[: -self.cfg.keep]:
+            shutil.rmtree(old)
 
     def steps(self, total, done=None, name=None):
         """Yield the step numbers from 1 (or from where a resumed run stopped) to `total`.
@@ -1386,6 +1442,7 @@ class Run:
         try:
             for step in range(start + 1, total + 1):
                 self.step, self.began = step, time.perf_counter()
+                seed_all(self.cfg.seed, step)
                 yield step
                 self.bar.update()
                 due = self.cfg.save_every and step % self.cfg.save_every == 0 and step < total
@@ -1445,7 +1502,7 @@ class Run:
             temporary.rmdir()
         self.metrics.close()
         write_json(self.out / "eval.json", results)
-        for old in self.out.glob("checkpoint-*[0-9]"):
+        for old in self.checkpoints():
             shutil.rmtree(old)
 
 
@@ -1522,6 +1579,13 @@ def require(cfg, **bounds):
             raise UserError(f"--{name} {value}: expected {limit}")
 
 
+OUT_OF_MEMORY = (
+    "Out of memory? In the order of what they cost: a lower --micro_tokens, "
+    "--gradient_checkpointing, fewer --slots, a shorter --max_new_tokens, a smaller model"
+)
+NO_SPACE = "the last whole checkpoint is as it was: make room, then --resume"
+
+
 def command_line(config_class, main, doc):
     """Parse the flags of `config_class`, run `main`, and turn a UserError into one line on
     stderr and exit code 2.
@@ -1541,6 +1605,18 @@ def command_line(config_class, main, doc):
     transformers_logging.disable_progress_bar()
     try:
         main(cfg)
+    except KeyboardInterrupt:  # outside the steps, where a first Ctrl-C saves
+        print(f"{script}: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except UserError as problem:
-        print(f"{script}: {problem}", file=sys.stderr)
-        sys.exit(2)
+        error_line = str(problem)
+    except torch.OutOfMemoryError as problem:
+        error_line = f"{str(problem).splitlines()[0]} {OUT_OF_MEMORY}"
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        error_line = f"no space left for {problem.filename or cfg.out}; {NO_SPACE}"
+    else:
+        return
+    print(f"{script}: {error_line}", file=sys.stderr)
+    sys.exit(2)

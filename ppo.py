@@ -90,6 +90,7 @@ class Config:
     resume: bool = HfArg(default=False, help="continue the run in --out")
     overwrite: bool = HfArg(default=False, help="replace the run in --out")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0: only when stopped")
+    keep: int = HfArg(default=1, help="checkpoints to keep")
     sample_every: int = HfArg(default=10, help="steps between two decoded samples; 0: none")
     trace: int = HfArg(default=0, help="steps between per-token tables of one episode; 0: none")
     seed: int = HfArg(default=0, help="of the order of the prompts and the sampling")
@@ -185,7 +186,7 @@ def check(cfg):
         missing_eos_penalty=(-1e-9, None), kl_coef=(-1e-9, None), kl_target=(-1e-9, None),
         kl_horizon=(0, None), beta=(0, None), beta_target=(0, None), stop_kl=(-1e-9, None),
         ptx_coef=(-1e-9, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
-        save_every=(-1, None), sample_every=(-1, None), trace=(-1, None),
+        save_every=(-1, None), keep=(0, None), sample_every=(-1, None), trace=(-1, None),
     )  # fmt: skip
     if cfg.batch_size % cfg.minibatches:
         raise common.UserError(
@@ -268,7 +269,7 @@ def read_rollout(policy, ref, value, minibatches, temperature):
 
 
 def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg):
-    """One optimiser step on the objective; returns its statistics as device scalars.
+    """One optimiser step on the objective; returns its statistics.
 
     Real tokens weigh the same in every micro-batch, so the gradient does not depend on how the
     minibatch was cut.
@@ -290,10 +291,7 @@ def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg)
         share = batch.mask.sum() / ptx_tokens
         (cfg.ptx_coef * loss * share).backward()
         add_stats(totals, share, dict(ptx_loss=loss.detach()))
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return totals
+    return common.optimizer_step(policy, optimizer, totals, ids_of(minibatch), cfg)
 
 
 def update_value(value, optimizer, minibatch, rollout, cfg):
@@ -309,10 +307,14 @@ def update_value(value, optimizer, minibatch, rollout, cfg):
         share = batch.mask.sum() / tokens
         (loss * share).backward()
         add_stats(totals, share, dict(vf_loss=loss.detach(), vf_clipfrac=clipfrac))
-    torch.nn.utils.clip_grad_norm_(value.parameters(), cfg.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return totals
+    stats = common.optimizer_step(value, optimizer, totals, ids_of(minibatch), cfg)
+    stats["vf_grad_norm"] = stats.pop("grad_norm")
+    return stats
+
+
+def ids_of(minibatch):
+    """For the day something is not finite: the padded token ids."""
+    return lambda: [ids for batch in minibatch for ids in batch.ids.tolist()]
 
 
 def add_stats(totals, share, stats):
@@ -392,8 +394,9 @@ def main(cfg):
     eos = common.stop_ids(policy, tokenizer)
     gold = common.load_gold(cfg.gold_fn, cfg.data, tokenizer)
 
-    prompts = common.load_prompts(train_rows, tokenizer, cfg.max_prompt_tokens)
-    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg.max_prompt_tokens)
+    longest = common.prompt_room(policy, cfg)
+    prompts = common.load_prompts(train_rows, tokenizer, longest)
+    eval_prompts = common.load_prompts(eval_rows, tokenizer, longest)
     demonstrations = []
     if cfg.ptx_coef:
         rows = common.read_jsonl(cfg.ptx_data)
@@ -412,7 +415,7 @@ def main(cfg):
     before = common.evaluate(policy, pi_old, ref, eval_prompts, *look)
     if embedded:  # words that no training file holds: told apart, since nothing could teach them
         rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
-        probes = common.load_prompts(rows, tokenizer, cfg.max_prompt_tokens)
+        probes = common.load_prompts(rows, tokenizer, longest)
         unseen_before = common.evaluate(policy, pi_old, ref, probes, *look)
     run.begin(
         policy=policy, value=value, policy_optimizer=policy_optimizer,
@@ -482,13 +485,13 @@ def main(cfg):
                 )
                 stats |= update_value(value, value_optimizer, minibatches[i], rollout, cfg)
                 history.append(stats)
-                approx_kl = stats["approx_kl"].item()  # the host reads once per optimiser step
+                approx_kl = stats["approx_kl"]
         updated = common.clock(device)
 
         # 5. Sync: pi_old <- pi.
         common.copy_weights(policy, pi_old)
 
-        metrics = {k: torch.stack([h[k] for h in history]).mean().item() for k in history[0]}
+        metrics = {k: sum(h[k] for h in history) / len(history) for k in history[0]}
         metrics |= rollout_metrics(rollout, sampler_logprobs) | coefs
         if gold:
             good = gold(texts, query_ids, responses) >= 0.5

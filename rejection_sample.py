@@ -88,6 +88,7 @@ class Config:
     resume: bool = HfArg(default=False, help="continue the run in --out")
     overwrite: bool = HfArg(default=False, help="replace the run in --out")
     save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
+    keep: int = HfArg(default=1, help="checkpoints to keep")
     seed: int = HfArg(default=0, help="of the sampling and the order of the pairs")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
     compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
@@ -283,7 +284,7 @@ def select(run, candidates, tokenizer, cfg):
     return pairs
 
 
-def encode_pairs(rows, tokenizer, cfg):
+def encode_pairs(rows, tokenizer, max_length):
     """Lines of preference data as pairs of (ids, mask) examples, chosen first."""
     pairs = []
     for row in rows:
@@ -291,7 +292,7 @@ def encode_pairs(rows, tokenizer, cfg):
         prompt_ids = common.encode_prompt(tokenizer, prompt, row["where"])
         both = [common.encode_response(tokenizer, prompt, text, row["where"]) for text in both]
         pairs.append([common.join(prompt_ids, response) for response in both])
-    return common.keep_short(pairs, cfg.max_length, longest, "pairs")
+    return common.keep_short(pairs, max_length, longest, "pairs")
 
 
 def longest(pair):
@@ -343,10 +344,9 @@ def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
             margin = cfg.beta * (up - down)
             stats = (loss, (margin > 0).float().mean(), margin.mean(), up.mean(), down.mean())
             totals += share * torch.stack(stats)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return dict(zip(names, totals.tolist()), grad_norm=grad_norm.item())
+    stats = dict(zip(names, totals))
+    batch_ids = lambda: [ids for row in batch for ids, _ in pairs[row]]  # noqa: E731
+    return common.optimizer_step(policy, optimizer, stats, batch_ids, cfg)
 
 
 @torch.no_grad()
@@ -432,7 +432,7 @@ def check(cfg):
         rso_beta=(0, None), num_samples=(1, None), beta=(0, None), epochs=(0, None),
         steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
         max_grad_norm=(0, None), max_length=(1, None), micro_tokens=(-1, None),
-        save_every=(-1, None),
+        save_every=(-1, None), keep=(0, None),
     )  # fmt: skip
     if cfg.method == "rso" and cfg.num_samples >= cfg.n and not (cfg.pairs or cfg.prompt):
         raise common.UserError(
@@ -465,13 +465,15 @@ def main(cfg):
     if cfg.reward or cfg.reward_fn:
         score, *_ = common.load_scorer(cfg, tokenizer, device, frozen)
     gold = common.load_gold(cfg.gold_fn, cfg.pairs or cfg.data, tokenizer)
-    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg.max_prompt_tokens)
+    room = common.prompt_room(ref, cfg)
+    eval_prompts = common.load_prompts(eval_rows, tokenizer, room)
     if cfg.pairs:
-        pairs = encode_pairs(rows, tokenizer, cfg)
+        limit = min(cfg.max_length, common.context_length(ref))
+        pairs = encode_pairs(rows, tokenizer, limit)
         eval_rows = [row for row in eval_rows if "chosen" in row]
-        eval_pairs = encode_pairs(eval_rows, tokenizer, cfg) if eval_rows else []
+        eval_pairs = encode_pairs(eval_rows, tokenizer, limit) if eval_rows else []
     else:
-        prompts = common.load_prompts(rows, tokenizer, cfg.max_prompt_tokens)
+        prompts = common.load_prompts(rows, tokenizer, room)
     tracked, ref_logprobs = {}, {}
     if cfg.loss != "none":
         policy = common.load_policy(cfg.policy, device)

@@ -55,6 +55,7 @@ class Config:
     resume: bool = HfArg(default=False, help="continue the run in --out")
     overwrite: bool = HfArg(default=False, help="replace the run in --out")
     save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
+    keep: int = HfArg(default=1, help="checkpoints to keep")
     seed: int = HfArg(default=0, help="of the score head and the order of the data")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
     compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
@@ -134,7 +135,7 @@ def encode(tokenizer, row):
     return Judgement(examples, targets, form)
 
 
-def load_judgements(cfg, tokenizer):
+def load_judgements(cfg, tokenizer, max_length):
     """Training and held-out judgements; the training ones must fit --loss."""
     data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
     rows = common.read_split(data, cfg.eval_data, common.EMBEDDED / "eval_pairs.jsonl")
@@ -153,7 +154,7 @@ def load_judgements(cfg, tokenizer):
             file = part[0]["where"].rpartition(":")[0]
             raise common.UserError(f"{file}: every ranking is a tie, so there is nothing to learn")
         longest = lambda judgement: max(len(ids) for ids, _ in judgement.examples)  # noqa: E731
-        splits.append(common.keep_short(judgements, cfg.max_length, longest, "judgements"))
+        splits.append(common.keep_short(judgements, max_length, longest, "judgements"))
     return splits
 
 
@@ -284,7 +285,7 @@ def check(cfg):
     common.require(
         cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None),
         warmup=(-1, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
-        max_length=(1, None), save_every=(-1, None),
+        max_length=(1, None), save_every=(-1, None), keep=(0, None),
     )  # fmt: skip
 
 
@@ -293,8 +294,9 @@ def main(cfg):
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
     tokenizer = common.load_tokenizer(cfg.model)
-    judgements, eval_judgements = load_judgements(cfg, tokenizer)
     model = new_reward_model(cfg.model, tokenizer, device, cfg.seed)
+    longest = min(cfg.max_length, common.context_length(model))
+    judgements, eval_judgements = load_judgements(cfg, tokenizer, longest)
 
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -322,10 +324,9 @@ def main(cfg):
             loss += micro_loss.detach()
 
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr)
+        batch_ids = lambda: [ids for row in rows for ids, _ in judgements[row].examples]  # noqa: E731
+        stats = common.optimizer_step(model, optimizer, dict(loss=loss), batch_ids, cfg)
+        run.log(("loss", "lr"), lr=lr, **stats)
 
     model.config.reward_mean = mean_of_best(model, judgements[:500], micro_tokens)
     results = evaluate(model, eval_judgements, micro_tokens)

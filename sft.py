@@ -48,6 +48,7 @@ class Config:
     resume: bool = HfArg(default=False, help="continue the run in --out")
     overwrite: bool = HfArg(default=False, help="replace the run in --out")
     save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
+    keep: int = HfArg(default=1, help="checkpoints to keep")
     seed: int = HfArg(default=0, help="of the initial weights and the order of the data")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
     compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
@@ -58,7 +59,7 @@ def check(cfg):
     common.require(
         cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None),
         warmup=(-1, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
-        max_length=(1, None), save_every=(-1, None),
+        max_length=(1, None), save_every=(-1, None), keep=(0, None),
     )  # fmt: skip
 
 
@@ -150,9 +151,8 @@ def main(cfg):
 
     def encode(rows):
         examples = [common.demonstration(tokenizer, row) for row in rows]
-        return common.keep_short(
-            examples, cfg.max_length, lambda example: len(example[0]), "demonstrations"
-        )
+        limit = min(cfg.max_length, common.context_length(model))
+        return common.keep_short(examples, limit, lambda example: len(example[0]), "demonstrations")
 
     examples, eval_examples = encode(train_rows), encode(eval_rows)
 
@@ -184,12 +184,9 @@ def main(cfg):
             loss += micro_loss.detach()
 
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(
-            ("loss", "lr"), loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, tokens=batch_tokens
-        )
+        batch_ids = lambda: [examples[row][0] for row in rows]  # noqa: B023, E731
+        stats = common.optimizer_step(model, optimizer, dict(loss=loss), batch_ids, cfg)
+        run.log(("loss", "lr"), lr=lr, tokens=batch_tokens, **stats)
 
     loss = evaluate(model, eval_examples, micro_tokens)
     print(

@@ -11,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import ppo  # noqa: E402
+import rejection_sample  # noqa: E402
+import reward  # noqa: E402
 import sft  # noqa: E402
 
 torch.set_num_threads(1)
@@ -117,6 +120,67 @@ def sft_config(files, folder, out, **flags):
         batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
     )  # fmt: skip
     return sft.Config(**(settings | flags))
+
+
+STAGES = dict(sft=sft, reward=reward, ppo=ppo, rejection_sample=rejection_sample)
+
+
+def reward_config(files, folder, out, **flags):
+    settings = dict(
+        model=str(folder), data=str(files / "pairs.jsonl"), eval_data=str(files / "pairs.jsonl"),
+        batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return reward.Config(**(settings | flags))
+
+
+def ppo_config(files, folder, out, **flags):
+    settings = dict(
+        policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
+        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"),
+        batch_size=4, steps=2, max_new_tokens=6, lr=1e-3, warmup=0, lr_schedule="constant",
+        sample_every=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return ppo.Config(**(settings | flags))
+
+
+def rejection_sample_config(files, folder, out, **flags):
+    settings = dict(
+        policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
+        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"),
+        n=8, num_samples=4, max_new_tokens=40, batch_size=2, epochs=10.0, steps=2, lr=1e-3,
+        warmup=0, device="cpu", out=str(out),
+    )  # fmt: skip
+    return rejection_sample.Config(**(settings | flags))
+
+
+CONFIGS = dict(
+    sft=sft_config, reward=reward_config, ppo=ppo_config, rejection_sample=rejection_sample_config
+)
+
+
+def flags_of(cfg):
+    """A Config as the flags that make it."""
+    flags = []
+    for name, value in vars(cfg).items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not False and value != "":
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+@pytest.fixture(scope="session")
+def sft_folder(tmp_path_factory, data, tiny_folder):
+    out = tmp_path_factory.mktemp("stages") / "sft"
+    sft.main(sft_config(data, tiny_folder, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory, data, sft_folder):
+    out = tmp_path_factory.mktemp("stages") / "reward"
+    reward.main(reward_config(data, sft_folder, out, steps=10))
+    return out
 
 
 def strict(text):

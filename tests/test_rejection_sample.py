@@ -379,7 +379,7 @@ def test_answers_without_text_and_pairs_of_the_same_text_are_left_out(
     assert pairs == [[common.join(a, sea + [2]), common.join(a, boat + [2])]]
     # The file, read back as anybody's pairs, is the same: here the text tokenises to the same ids.
     rows = common.read_jsonl(tmp_path / "out/dpo.jsonl")
-    assert rs.encode_pairs(rows, tokenizer, cfg) == pairs
+    assert rs.encode_pairs(rows, tokenizer, 99) == pairs
 
 
 def test_chat_prompts_give_chat_files(tmp_path, data, policy_folder):
@@ -392,7 +392,7 @@ def test_chat_prompts_give_chat_files(tmp_path, data, policy_folder):
     ids, mask = common.demonstration(tokenizer, row | dict(where="sft.jsonl:1"))
     assert ids[-1] == tokenizer.eos_token_id and any(mask)
     pair = rows_of(cfg.out, "dpo")[0]
-    assert rs.encode_pairs([pair | dict(where="dpo.jsonl:1")], tokenizer, cfg)
+    assert rs.encode_pairs([pair | dict(where="dpo.jsonl:1")], tokenizer, 99)
 
 
 def test_equal_answers_are_scored_once_and_alike(tiny_llama):

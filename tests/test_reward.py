@@ -159,7 +159,7 @@ def test_evaluate_against_scores_one_by_one(tmp_path, tiny_folder, capsys):
     model = reward.new_reward_model(str(tiny_folder), tokenizer, "cpu", seed=1)
     for loss, rows in DATA.items():
         cfg = config(tmp_path, tiny_folder, loss)
-        judgements = reward.load_judgements(cfg, tokenizer)[1]
+        judgements = reward.load_judgements(cfg, tokenizer, cfg.max_length)[1]
         results = reward.evaluate(model, judgements, micro_tokens=64)
         items = [alone(model, j) for j in judgements]
         if loss == "pointwise":
@@ -228,7 +228,7 @@ def test_a_bad_row_is_told_with_its_line(tmp_path, tiny_folder, loss, row, names
     write(tmp_path / f"{loss}.jsonl", DATA[loss][:1] + [row])
     tokenizer = common.load_tokenizer(str(tiny_folder))
     with pytest.raises(common.UserError) as error:
-        reward.load_judgements(cfg, tokenizer)
+        reward.load_judgements(cfg, tokenizer, cfg.max_length)
     message = str(error.value)
     assert message.startswith(f"{cfg.data}:2: ") and names in message and "\n" not in message
 
@@ -270,7 +270,7 @@ def test_saved_model_scores_alike_in_plain_transformers(tmp_path, pad_is_eos, lo
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     assert plain.config.pad_token_id == tokenizer.pad_token_id
 
-    judgements = reward.load_judgements(cfg, tokenizer)[0]
+    judgements = reward.load_judgements(cfg, tokenizer, cfg.max_length)[0]
     examples = [example for judgement in judgements for example in judgement.examples]
     ours = common.load_reward(cfg.out, "cpu")
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_gradient_is_that_of_the_whole_batch(tmp_path, tiny_folder, monkeypatch,
     model = reward.new_reward_model(str(tiny_folder), tokenizer, "cpu", seed=5)
     cfg = config(tmp_path, tiny_folder, loss)
     total = 0
-    judgements = reward.load_judgements(cfg, tokenizer)[0]
+    judgements = reward.load_judgements(cfg, tokenizer, cfg.max_length)[0]
     for judgement in judgements:
         r = [model(input_ids=torch.tensor([ids])).logits[0, 0] for ids, _ in judgement.examples]
         t = judgement.targets
