@@ -128,11 +128,12 @@ class Slots:
         self.filling = None  # during a prefill: the slots that its rows go to
         self.mask = None  # during a decode step: (S, 1, 1, kv) cached positions each row may see
         self.graphs = {}  # kv: the decode step over that many cached positions
+        self.pool = torch.cuda.graph_pool_handle() if self.rows.is_cuda else None
         self.draw = draw
 
     def fit(self, size, max_length, sampling):
         """Whether these can serve another call; its graphs have the settings built in."""
-        return self.size == size and self.max_length >= max_length and self.sampling == sampling
+        return self.size >= size and self.max_length >= max_length and self.sampling == sampling
 
     def answers(self, slots):
         """What was sampled in each of `slots`: (token ids, log-probs)."""
@@ -249,22 +250,19 @@ def decode(model, slots, kv):
     slots.append(slots.rows, logits, slots.noise)
 
 
-def uses_graphs(device):
-    return device.type == "cuda"
+def uses_graphs(model):
+    return model.device.type == "cuda" and model.slots_agree == "without the host"
 
 
-def capture(step):
+def capture(step, pool):
     """`step` as a CUDA graph: a call runs its kernels again, on the same memory, in one launch.
 
-    It must have run before, so that nothing is left to compile or to set up.
+    It must have run before, so that nothing is left to compile or to set up. Graphs that never run
+    at the same time may share a memory pool.
     """
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as error:  # a model whose step needs the host, say for its rotary angles
-        print(f"generate: no CUDA graph of the decode step ({str(error).splitlines()[0]})")
-        return step
+    with torch.cuda.graph(graph, pool=pool):
+        step()
     return graph.replay
 
 
@@ -280,8 +278,8 @@ def generate(
     token ids in the order of the prompts, EOS kept when it was sampled; with `logprobs` also lists
     of their log-probs under softmax(logits / temperature), as the sampler saw them. A model whose
     attention cannot be hooked goes through `model.generate`, and has None for log-probs. The model
-    is left as it was found, but on CUDA it keeps the buffers and graphs for the next call: change
-    its weights in place. Raises ValueError for an empty prompt.
+    is left as it was found, but on CUDA it keeps the buffers and graphs for the next call, until
+    drop_slots(model): change its weights in place. Raises ValueError for an empty prompt.
     """
     if min((len(p) for p in prompts), default=1) == 0:
         raise ValueError("generate: an empty prompt has no token to continue from")
@@ -294,10 +292,11 @@ def generate(
 
     # With graphs the host looks at the device once in `burst` steps, and one graph serves a whole
     # `bucket` of lengths.
-    burst, bucket = (16, 128) if uses_graphs(model.device) else (1, 1)
+    burst, bucket = (16, 128) if uses_graphs(model) else (1, 1)
     together = max(1, 16384 // max_length)  # prompts of one prefill, for its memory's sake
     waiting, answers = list(range(len(prompts))), [None] * len(prompts)
-    with slot_model(model, min(slots, len(prompts)), max_length, sampling) as state:
+    size = min(slots, len(prompts))
+    with slot_model(model, size, max_length, sampling, keep=uses_graphs(model)) as state:
         answering = [None] * state.size  # which prompt each slot works on
         while True:
             done = state.done.nonzero().flatten().tolist()
@@ -329,19 +328,20 @@ def decode_step(model, slots, kv, generator):
         slots.graphs[kv]()
         return
     decode(model, slots, kv)
-    if uses_graphs(model.device):
-        slots.graphs[kv] = capture(partial(decode, model, slots, kv))
+    if uses_graphs(model):
+        slots.graphs[kv] = capture(partial(decode, model, slots, kv), slots.pool)
 
 
 @contextmanager
-def slot_model(model, size, max_length, sampling):
-    """The model in eval mode with slot attention, and slots for it; afterwards it is as it was."""
+def slot_model(model, size, max_length, sampling, keep=False):
+    """The model in eval mode with slot attention, and slots for it; afterwards it is as it was, but
+    for the slots that it may `keep` for the next call.
+    """
     training, attention = model.training, model.config._attn_implementation
-    graphs, keep = uses_graphs(model.device), False
-    slots = vars(model).pop("kept_slots", None)
+    slots, done = getattr(model, "kept_slots", None), False
     if slots is None or not slots.fit(size, max_length, sampling):
-        drop_buffers(model)
-        room = -(-max_length // 128) * 128 if graphs else max_length  # for longer prompts to come
+        drop_slots(model)
+        room = -(-max_length // 128) * 128 if keep else max_length  # for longer prompts to come
         slots = Slots(size, room, sampling, model.device)
         if is_compiled(model):
             slots.draw = torch.compile(draw, dynamic=False)
@@ -351,41 +351,58 @@ def slot_model(model, size, max_length, sampling):
     model.set_attn_implementation("slots")
     try:
         yield slots
-        keep = graphs  # they took time to capture
+        done = True
     finally:
         model.set_attn_implementation(attention)
         model.train(training)
-        if keep:
+        if keep and done:
             model.kept_slots = slots
         else:
-            drop_buffers(model)
+            drop_slots(model)
 
 
-def drop_buffers(model):
+def drop_slots(model):
+    """Free the K/V buffers and graphs that `generate` keeps with a model on CUDA."""
+    vars(model).pop("kept_slots", None)
     for module in model.modules():
-        module.__dict__.pop("slot_keys", None)
-        module.__dict__.pop("slot_values", None)
+        vars(module).pop("slot_keys", None)
+        vars(module).pop("slot_values", None)
 
 
 def slots_work(model, max_length):
-    """Whether `generate` can use slots: the model agrees, and no sliding window is in reach."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
+    """Whether `generate` can use slots: the model agrees, and nothing in it changes before
+    `max_length` tokens.
+    """
     if not hasattr(model, "slots_agree"):
         with as_it_is(model):
             model.slots_agree = slots_agree(model)
-    works = model.slots_agree and (window is None or window >= max_length)
+    works = model.slots_agree and plain_length(model) >= max_length
     if not works and not hasattr(model, "slots_told"):
         model.slots_told = True  # once is enough
         print(f"{type(model).__name__}: attention cannot run in slots, using model.generate")
     return works
 
 
+def plain_length(model):
+    """The length up to which a token sees all before it, at angles that do not depend on how long
+    the longest sequence is: no sliding window in reach, no rotary scaling that sets in.
+    """
+    config = model.config.get_text_config()
+    length = math.inf
+    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
+        length = config.sliding_window
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        length = min(length, original)
+    return length
+
+
 @torch.no_grad()
 def slots_agree(model):
-    """Whether a prefill and a step in two slots give the logits of a plain forward."""
+    """Whether a prefill and a step in two slots give the logits of a plain forward: False, True, or
+    "without the host" where the step never waits for the device, so that it can be a CUDA graph.
+    """
     has_plain_head(model)  # found while the model's own attention is still in place
     ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
     training = model.training
@@ -396,13 +413,29 @@ def slots_agree(model):
             prefill(model, slots, [0, 1], [ids[:5].tolist(), ids[:8].tolist()])
             slots.token[:] = ids[[5, 8]]
             step = decode_logits(model, slots, 10)
+            alone = model.device.type == "cuda" and never_waits(
+                partial(decode_logits, model, slots, 10)
+            )
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     finally:
         model.train(training)
     gap = (step.float() - torch.stack(plain).float()).abs().max()
     coarse = 0.05 * torch.stack(plain).abs().max().float()  # what bfloat16 may differ by
-    return bool(gap < (1e-3 if model.dtype == torch.float32 else coarse))
+    agree = bool(gap < (1e-3 if model.dtype == torch.float32 else coarse))
+    return "without the host" if agree and alone else agree
+
+
+def never_waits(step):
+    """Whether the host does not read the device in `step`; a CUDA graph would fail at that."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        return True
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def transformers_generate(model, prompts, sampling, generator, batch_size):
@@ -414,6 +447,8 @@ def transformers_generate(model, prompts, sampling, generator, batch_size):
         how = dict(do_sample=True, temperature=sampling.temperature)
         how |= dict(top_k=sampling.top_k, top_p=sampling.top_p)
     model.eval()
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(getattr(model, "own_attention", attention))
     # Fresh, or the repetition penalty and the like of the model's own settings would apply.
     config, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -441,6 +476,7 @@ def transformers_generate(model, prompts, sampling, generator, batch_size):
                     responses.append(row[:end])
     finally:
         model.generation_config = config
+        model.set_attn_implementation(attention)
         model.train(training)
     return responses
 
@@ -541,17 +577,17 @@ def use_causal_attention(model):
     """Let every forward use `slot_attention`, where that changes nothing: transformers' own reads
     the position ids back to the host in each forward, to see whether sequences are packed.
     """
-    config = model.config.get_text_config()
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if window:
+    if plain_length(model) < context_length(model):
         return
-    ids = torch.arange(2, 12, device=model.device)[None] % config.vocab_size
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.arange(2, 12, device=model.device)[None] % vocab_size
     attention = model.config._attn_implementation
     try:
         own = model.base_model(input_ids=ids, use_cache=False)[0].float()
         model.set_attn_implementation("slots")
         gap = (model.base_model(input_ids=ids, use_cache=False)[0].float() - own).abs().max()
         if gap <= (1e-4 if model.dtype == torch.float32 else 0.05) * own.abs().max():
+            model.own_attention = attention  # what transformers' generate needs
             return
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         pass
@@ -1195,6 +1231,8 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
         for rows in micro_batches([len(ids) for ids, _ in examples], max_tokens):
             batch = collate(examples, rows, reward.device)
             scores[batch.rows] = sequence_scores(reward, batch)
+        if not scores.isfinite().all():
+            raise UserError("the reward model gives scores that are not finite numbers")
         return scores.cpu()
 
     return score
@@ -1280,8 +1318,8 @@ def print_table(results, prompts, **answers):
         values = [results[key.replace(f"_{first}", f"_{name}")] for name in answers]
         columns = "".join(f"{format(value, style):>12}" for value in values)
         print(f"{key.replace(f'_{first}', ''):28}" + columns)
-    columns = "".join(f"{own['kl']:12.2f}" for own in answers.values())
-    print(f"{'KL to the reference, nats':28}" + columns)
+    kls = ["" if own["kl"] is None else f"{own['kl']:.2f}" for own in answers.values()]
+    print(f"{'KL to the reference, nats':28}" + "".join(f"{kl:>12}" for kl in kls))
     for i in range(0, len(prompts), max(1, len(prompts) // 6)):
         print(f"\n  {str(prompts[i]['prompt'])[-300:]}")
         for name, own in answers.items():
@@ -1356,12 +1394,17 @@ class Run:
                     "with --overwrite, or choose another --out"
                 )
             before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-            changed = [k for k in settings if before.get(k) != settings[k]]
+            changed = [k for k in settings if k != "out" and before.get(k) != settings[k]]
             if changed:
                 was = ", ".join(f"--{k} was {before.get(k)!r}" for k in changed)
                 raise UserError(f"--resume {self.out}: the settings differ ({was})")
             if (self.out / "eval.json").exists():
                 raise UserError(f"--resume {self.out}: this run is finished")
+        reads = [Path(v) for k, v in settings.items() if isinstance(v, str) and v and k != "out"]
+        own = self.out.resolve()
+        inside = [v for v in reads if v.exists() and own in (v.resolve(), *v.resolve().parents)]
+        if replace and inside:
+            raise UserError(f"--overwrite {self.out}: it holds what this run reads, {inside[0]}")
         self.settings = settings
 
     def begin(self, **objects):

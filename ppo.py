@@ -405,8 +405,8 @@ def main(cfg):
     for model in (policy, value):
         if cfg.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+    for model in {policy, value, ref, pi_old} | ({reward} if reward else set()):
         common.compile_layers(model, cfg.compile)
-    common.compile_layers(ref, cfg.compile)
     policy_optimizer = common.make_adamw(policy, cfg.lr)
     value_optimizer = common.make_adamw(value, cfg.value_lr)
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move

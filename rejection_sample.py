@@ -171,8 +171,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
 
 
 def sample_and_score(policy, score, prompts, eos, generator, cfg):
-    """N answers to each prompt: dicts of prompt, prompt_ids, responses (token ids), their scores,
-    and whether each ended by itself.
+    """N answers to each prompt: dicts of prompt, prompt_ids, responses (token ids), scores, whether
+    each ended by itself, and the rewards to choose by: scores less the penalty of those cut.
     """
     ids = [p["ids"] for p in prompts for _ in range(cfg.n)]
     responses = common.generate(
@@ -186,16 +186,17 @@ def sample_and_score(policy, score, prompts, eos, generator, cfg):
     ids = [prompts[i]["ids"] for i, _ in different]
     scores = score(texts, ids, [list(response) for _, response in different])
     score_of = dict(zip(different, scores.tolist()))
-    return [
-        dict(
-            prompt=prompt["prompt"],
-            prompt_ids=prompt["ids"],
-            responses=responses[i * cfg.n : (i + 1) * cfg.n],
-            scores=[score_of[answer] for answer in answers[i * cfg.n : (i + 1) * cfg.n]],
-            ended=[response[-1] in eos for response in responses[i * cfg.n : (i + 1) * cfg.n]],
-        )
-        for i, prompt in enumerate(prompts)
-    ]
+    candidates = []
+    for i, prompt in enumerate(prompts):
+        own = slice(i * cfg.n, (i + 1) * cfg.n)
+        ended = [response[-1] in eos for response in responses[own]]
+        scores = [score_of[answer] for answer in answers[own]]
+        rewards = [s - cfg.missing_eos_penalty * (not e) for s, e in zip(scores, ended)]
+        candidates.append(dict(
+            prompt=prompt["prompt"], prompt_ids=prompt["ids"], responses=responses[own],
+            scores=scores, ended=ended, rewards=rewards,
+        ))  # fmt: skip
+    return candidates
 
 
 def sample_candidates(run, name, policy, score, prompts, eos, cfg):
@@ -206,14 +207,15 @@ def sample_candidates(run, name, policy, score, prompts, eos, cfg):
     path = run.out / f"{name}.jsonl"
     part = max(1, 4 * cfg.slots // cfg.n)  # prompts: enough answers to keep the slots busy
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    done = len(whole) if len(whole) == len(prompts) else len(whole) // part * part
-    candidates = [json.loads(line) for line in whole[:done]]
-    for prompt, candidate in zip(prompts, candidates):
-        if candidate["prompt_ids"] != prompt["ids"]:
-            raise common.UserError(f"{path}: answers to other prompts than --data holds now")
+    lines = [line for line in lines if line.endswith(b"\n")]  # a kill may leave half a line
+    candidates = [json.loads(line) for line in lines]
+    if [c["prompt_ids"] for c in candidates] != [p["ids"] for p in prompts[: len(candidates)]]:
+        raise common.UserError(f"{path}: answers to other prompts than --data holds now")
+    # A part that was not written to its end is sampled again, from the same seed.
+    done = len(lines) if len(lines) == len(prompts) else len(lines) // part * part
+    candidates = candidates[:done]
     with open(path, "ab") as file:
-        file.truncate(sum(map(len, whole[:done])))
+        file.truncate(sum(map(len, lines[:done])))
         for step in run.steps(math.ceil(len(prompts) / part), math.ceil(done / part), name):
             own = prompts[(step - 1) * part : step * part]
             generator = common.make_generator(policy.device, cfg.seed, name, step)
@@ -224,63 +226,69 @@ def sample_candidates(run, name, policy, score, prompts, eos, cfg):
     return candidates
 
 
-def rewards_of(candidate, cfg):
-    """What answers are chosen by: (N,) scores, less the penalty of those that were cut."""
-    return torch.tensor(candidate["scores"]) - cfg.missing_eos_penalty * (
-        1 - torch.tensor(candidate["ended"]).float()
-    )
-
-
 # ----------------------------------------------------------------------------------------------
 # 2 Select
 
 
-def choose(candidate, number, cfg):
-    """Of one prompt's answers: the best that ended (or None), and pairs (winner, loser)."""
-    rewards = rewards_of(candidate, cfg)
-    ended = [i for i, whole in enumerate(candidate["ended"]) if whole]
-    best = ended[best_of_n(rewards[ended])] if ended else None
+def best_that_ended(rewards, ended):
+    """Best-of-N among the answers that ended, if any did: (B, N), (B, N) -> (B,)."""
+    allowed = ended | ~ended.any(-1, keepdim=True)
+    return best_of_n(rewards.masked_fill(~allowed, -torch.inf))
+
+
+def choose(rewards, ended, number, cfg):
+    """Among one prompt's answers: the best that ended, or None, and pairs (winner, loser)."""
+    rewards, ended = torch.tensor(rewards), torch.tensor(ended)
+    best = int(best_that_ended(rewards[None], ended[None])) if ended.any() else None
     if cfg.method == "best_of_n":
         worst = int(rewards.argmin())
-        pairs = [(best, worst)] if ended and rewards[best] > rewards[worst] else []
-    else:
+        pairs = [(best, worst)] if best is not None and rewards[best] > rewards[worst] else []
+    elif len(rewards) > cfg.num_samples:
         seed = common.make_generator("cpu", cfg.seed, "rso", number).initial_seed()
         rng = np.random.default_rng(seed)
         accepted = statistical_rejection(rewards, cfg.num_samples, cfg.rso_beta, rng)
         ranked = rank_pairs(rewards[accepted].tolist(), cfg.rank)
         pairs = [(accepted[winner], accepted[loser]) for winner, loser in ranked]
-    return best, [(winner, loser) for winner, loser in pairs if candidate["ended"][winner]]
+    else:
+        pairs = []
+    return best, [(winner, loser) for winner, loser in pairs if ended[winner]]
 
 
 def select(run, candidates, tokenizer, cfg):
     """Write sft.jsonl and dpo.jsonl; returns the pairs as token ids.
 
-    Left out: an answer without text, and a pair that differs in token ids but not in its texts.
+    An answer without text is no candidate: a file of data cannot hold it.
     """
     demonstrations, preferences, pairs = [], [], []
     for number, candidate in enumerate(candidates):
-        prompt, responses = candidate["prompt"], candidate["responses"]
-        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-        as_data = lambda text: (  # noqa: E731
-            text if isinstance(prompt, str) else [dict(role="assistant", content=text)]
+        prompt, prompt_ids = candidate["prompt"], candidate["prompt_ids"]
+        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in candidate["responses"]]
+        kept = [i for i, text in enumerate(texts) if text.strip()]
+        if not kept:
+            continue
+        texts, responses, rewards, ended = (
+            [x[i] for i in kept]
+            for x in (texts, candidate["responses"], candidate["rewards"], candidate["ended"])
         )
-        best, chosen = choose(candidate, number, cfg)
-        if best is not None and texts[best].strip():
+        as_data = lambda text: (  # noqa: E731
+            text if isinstance(prompt, str) else [dict(role="assistant", content=text)]  # noqa: B023
+        )
+        best, chosen = choose(rewards, ended, number, cfg)
+        if best is not None:
             demonstrations.append(dict(prompt=prompt, completion=as_data(texts[best])))
         for winner, loser in chosen:
             up, down = texts[winner], texts[loser]
-            if up.strip() and down.strip() and up != down:
+            if up != down:  # they may differ in token ids alone
                 preferences.append(dict(prompt=prompt, chosen=as_data(up), rejected=as_data(down)))
                 both = responses[winner], responses[loser]
-                pairs.append([common.join(candidate["prompt_ids"], ids) for ids in both])
+                pairs.append([common.join(prompt_ids, response) for response in both])
+    ended = np.mean([whole for candidate in candidates for whole in candidate["ended"]])
+    print(f"{len(candidates)} prompts with {cfg.n} answers each; {ended:.1%} ended by themselves")
     if cfg.method == "best_of_n":
         common.write_jsonl(run.out / "sft.jsonl", demonstrations)
+        print(f"{run.out / 'sft.jsonl'}: {len(demonstrations)} best answers")
     common.write_jsonl(run.out / "dpo.jsonl", preferences)
-    ended = np.mean([whole for candidate in candidates for whole in candidate["ended"]])
-    print(
-        f"{len(candidates)} prompts with {cfg.n} answers each, {ended:.1%} of them ended by "
-        f"themselves -> {len(demonstrations)} best answers, {len(pairs)} pairs"
-    )
+    print(f"{run.out / 'dpo.jsonl'}: {len(pairs)} pairs")
     return pairs
 
 
@@ -367,9 +375,10 @@ def judge_best(candidates, gold, tokenizer, cfg):
     """Best-of-N on held-out prompts: its answers, as `common.evaluate` gives a policy's, and the
     curve over n = 1, 2, 4, ... up to N: bound of the KL, mean score, share of good answers.
     """
-    rewards = torch.stack([rewards_of(candidate, cfg) for candidate in candidates])  # (P, N)
-    scores = torch.tensor([candidate["scores"] for candidate in candidates])
-    ended = torch.tensor([candidate["ended"] for candidate in candidates]).float()
+    rewards, scores, ended = (  # (P, N) each
+        torch.tensor([candidate[key] for candidate in candidates])
+        for key in ("rewards", "scores", "ended")
+    )
     prompts = [candidate["prompt"] for candidate in candidates for _ in range(cfg.n)]
     prompt_ids = [candidate["prompt_ids"] for candidate in candidates for _ in range(cfg.n)]
     responses = [response for candidate in candidates for response in candidate["responses"]]
@@ -377,21 +386,22 @@ def judge_best(candidates, gold, tokenizer, cfg):
     curve = []
     for n in sorted({2**i for i in range(cfg.n.bit_length())} | {cfg.n}):
         used = cfg.n // n * n  # every group of n answers counts, so that a small n is not noisy
-        best = best_of_n(rewards[:, :used].reshape(-1, n))[:, None]
-        pick = lambda x: x[:, :used].reshape(-1, n).gather(1, best)  # noqa: E731
+        groups = lambda x: x[:, :used].reshape(-1, n)  # noqa: B023, E731
+        best = best_that_ended(groups(rewards), groups(ended))[:, None]
+        pick = lambda x: groups(x).gather(1, best)  # noqa: B023, E731
         point = dict(n=n, kl=best_of_n_kl(n), score=pick(scores).mean().item())
         if gold:
             point["gold"] = (pick(judged) >= 0.5).float().mean().item()
         curve.append(point)
-    best = best_of_n(rewards)  # (P,)
+    best = best_that_ended(rewards, ended)  # (P,)
     rows = torch.arange(len(best))
     texts = [
         tokenizer.decode(candidate["responses"][i], skip_special_tokens=True)
         for candidate, i in zip(candidates, best)
     ]
-    answers = dict(texts=texts, scores=scores[rows, best], kl=best_of_n_kl(cfg.n))
+    answers = dict(texts=texts, scores=scores[rows, best], kl=None)  # there is a bound only
     answers |= dict(gold=judged[rows, best] if gold else None)
-    return answers | dict(eos_rate=ended[rows, best].mean().item()), curve
+    return answers | dict(eos_rate=ended[rows, best].float().mean().item()), curve
 
 
 def print_curve(curve):
@@ -438,8 +448,10 @@ def check(cfg):
         raise common.UserError(
             f"--num_samples {cfg.num_samples}: of {cfg.n} answers (--n) none would be rejected"
         )
-    if cfg.pairs and cfg.loss == "none":
-        raise common.UserError("--pairs with --loss none: nothing to do")
+    if cfg.method == "best_of_n" and cfg.n == 1 and cfg.loss != "none" and not cfg.prompt:
+        raise common.UserError("--n 1: no two answers, so no pair to learn from (--loss none)")
+    if cfg.pairs and (cfg.loss == "none" or cfg.prompt):
+        raise common.UserError("--pairs trains on pairs: it goes with no --loss none, no --prompt")
 
 
 def main(cfg):
@@ -460,6 +472,7 @@ def main(cfg):
     common.make_missing_stages(cfg)
     tokenizer = common.load_tokenizer(cfg.policy)
     ref = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)  # samples, too
+    common.compile_layers(ref, cfg.compile)
     eos = common.stop_ids(ref, tokenizer)
     score = None
     if cfg.reward or cfg.reward_fn:
@@ -494,12 +507,13 @@ def main(cfg):
         pairs = select(run, candidates, tokenizer, cfg)
         held_out = sample_candidates(run, "eval_candidates", ref, score, eval_prompts, eos, cfg)
         answers["best_of_n"], curve = judge_best(held_out, gold, tokenizer, cfg)
-        results |= dict(best_of_n=curve, kl_best_of_n=answers["best_of_n"]["kl"])
+        results |= dict(best_of_n=curve, kl_best_of_n=curve[-1]["kl"])
+    common.drop_slots(ref)  # it has sampled; the training needs the memory
 
     if cfg.loss != "none":
         # 3. Preference step.
         if not pairs:
-            raise common.UserError("no pairs to learn from: every prompt's answers score the same")
+            raise common.UserError("no pairs to learn from: see the counts above")
         if not ref_logprobs:  # a resumed run has them: its policy has moved since
             ref_logprobs |= all_logprobs(policy, pairs, cfg)
         steps = math.ceil(cfg.epochs * len(pairs) / cfg.batch_size)
@@ -521,6 +535,7 @@ def main(cfg):
         if frozen != policy.dtype:
             sampler = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)
             common.copy_weights(policy, sampler)
+            common.compile_layers(sampler, cfg.compile)
         answers["after"] = common.evaluate(policy, sampler, ref, eval_prompts, *look)
         results["kl"] = answers["after"]["kl"]
 

@@ -445,11 +445,11 @@ def graphs(monkeypatch):
     """The steps that were captured, in order."""
     captured = []
 
-    def capture(step):
+    def capture(step, pool):
         captured.append(step)
         return step
 
-    monkeypatch.setattr(common, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(common, "uses_graphs", lambda model: True)
     monkeypatch.setattr(common, "capture", capture)
     return captured
 
@@ -1201,6 +1201,8 @@ class Settings:
     overwrite: bool = False
     save_every: int = 2
     device: str = "cpu"
+    keep: int = 1
+    seed: int = 0
 
 
 def train(out, steps, stop_after=None, how="crash", tokenizer=None, **flags):

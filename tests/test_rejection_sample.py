@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -259,14 +260,14 @@ def test_best_of_n_files(data, best_of_n_run):
     assert 0 < sum(flat) < len(flat)  # both kinds occur, or the test would be of no use
     best, pairs = [], []
     for prompt, answers in candidates:
+        answers = [a for a in answers if a[0].strip()]
         whole = [a for a in answers if a[2]]
         if not whole:
             continue
         winner = max(whole, key=lambda a: a[1])
-        if winner[0].strip():
-            best.append(dict(prompt=prompt, completion=winner[0]))
+        best.append(dict(prompt=prompt, completion=winner[0]))
         worst = min(answers, key=lambda a: a[1])
-        if winner[1] > worst[1] and winner[0].strip() and worst[0].strip():
+        if winner[1] > worst[1]:
             pairs.append(dict(prompt=prompt, chosen=winner[0], rejected=worst[0]))
     assert rows_of(cfg.out, "sft") == best and rows_of(cfg.out, "dpo") == pairs and pairs
     rows = rows_of(cfg.out)
@@ -282,8 +283,9 @@ def test_best_of_n_in_eval_and_samples(best_of_n_run):
     results, samples = eval_of(cfg.out), rows_of(cfg.out, "samples")
     held_out = judged(cfg, "eval_candidates")
     assert len(held_out) == len(samples) == results["n"] == 3
+    best = lambda answers: max([a for a in answers if a[2]] or answers, key=lambda a: a[1])  # noqa: E731
     for (prompt, answers), sample in zip(held_out, samples):
-        text, reward, ended = max(answers, key=lambda a: a[1])
+        text, reward, ended = best(answers)
         assert sample["prompt"] == prompt and sample["best_of_n"] == text
         assert sample["score_best_of_n"] == reward + (not ended)
     assert set(samples[0]) == {
@@ -292,7 +294,7 @@ def test_best_of_n_in_eval_and_samples(best_of_n_run):
     for name in ("before", "best_of_n", "after"):
         mean = sum(sample[f"score_{name}"] for sample in samples) / 3
         assert results[f"score_{name}"] == pytest.approx(mean, rel=1e-5)
-    assert results["kl"] > 0 and results["kl_best_of_n"] == math.log(6) - 5 / 6
+    assert results["kl"] != 0 and results["kl_best_of_n"] == math.log(6) - 5 / 6
 
     assert [point["n"] for point in results["best_of_n"]] == [1, 2, 4, 6]
     for point in results["best_of_n"]:
@@ -300,7 +302,7 @@ def test_best_of_n_in_eval_and_samples(best_of_n_run):
         for _, answers in held_out:
             groups = [answers[i : i + n] for i in range(0, 6 // n * n, n)]
             for group in groups:
-                _, reward, ended = max(group, key=lambda a: a[1])
+                _, reward, ended = best(group)
                 picked.append(reward + (not ended))
         assert point["score"] == pytest.approx(sum(picked) / len(picked), rel=1e-5)
         assert point["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
@@ -364,22 +366,47 @@ def test_answers_without_text_and_pairs_of_the_same_text_are_left_out(
     def candidate(*answers):
         responses = [ids + [2] * ended for ids, ended, _ in answers]
         ended, scores = [bool(e) for _, e, _ in answers], [s for *_, s in answers]
-        return dict(prompt="a", prompt_ids=a, responses=responses, ended=ended, scores=scores)
+        return dict(prompt="a", prompt_ids=a, responses=responses, ended=ended, rewards=scores)
 
     candidates = [
-        candidate(([], 1, 5.0), (sea, 1, 3.0), (boat, 1, 1.0)),  # nothing wins: left out
+        candidate(([], 1, 5.0), (sea, 1, 3.0), (boat, 1, 1.0), ([], 1, 0.0)),  # not the empty ones
         candidate((sea, 1, 3.0), (sea, 0, 2.0), (sea, 1, 3.0)),  # the same text wins and loses
         candidate((sea, 1, 3.0), (boat, 0, 9.0), (boat, 1, 1.0)),  # cut, so not the best
         candidate((sea, 0, 3.0), (boat, 0, 9.0), (boat, 0, 1.0)),  # none ended
     ]
     pairs = rs.select(run, candidates, tokenizer, cfg)
     sft_rows = rows_of(cfg.out, "sft")
-    assert [row["completion"] for row in sft_rows] == ["sea", "sea"]
-    assert rows_of(cfg.out, "dpo") == [dict(prompt="a", chosen="sea", rejected="boat")]
-    assert pairs == [[common.join(a, sea + [2]), common.join(a, boat + [2])]]
+    assert [row["completion"] for row in sft_rows] == ["sea", "sea", "sea"]
+    assert rows_of(cfg.out, "dpo") == [dict(prompt="a", chosen="sea", rejected="boat")] * 2
+    assert pairs == [[common.join(a, sea + [2]), common.join(a, boat + [2])]] * 2
     # The file, read back as anybody's pairs, is the same: here the text tokenises to the same ids.
     rows = common.read_jsonl(tmp_path / "out/dpo.jsonl")
     assert rs.encode_pairs(rows, tokenizer, 99) == pairs
+
+
+def test_candidates_of_more_prompts_than_there_are_now_are_refused(
+    tmp_path, data, best_of_n_run
+):
+    folder, prompts = tmp_path / "out", tmp_path / "prompts.jsonl"
+    shutil.copytree(best_of_n_run.out, folder)
+    cfg = replace(best_of_n_run, out=str(folder), resume=True)
+    (folder / "eval.json").unlink()
+    settings = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(settings | dict(data=str(prompts))))
+    prompts.write_text("".join((data / "prompts.jsonl").read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(common.UserError, match="candidates.jsonl"):
+        rs.main(replace(cfg, data=str(prompts)))
+
+
+def test_overwrite_never_deletes_what_the_run_reads(tmp_path, best_of_n_run):
+    folder = tmp_path / "out"
+    shutil.copytree(best_of_n_run.out, folder)
+    before = sorted(path.name for path in folder.iterdir())
+    cfg = replace(best_of_n_run, out=str(folder), overwrite=True)
+    for flags in (dict(pairs=str(folder / "dpo.jsonl")), dict(policy=str(folder))):
+        with pytest.raises(common.UserError, match="--overwrite"):
+            rs.main(replace(cfg, **flags))
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_chat_prompts_give_chat_files(tmp_path, data, policy_folder):
