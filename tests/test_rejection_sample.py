@@ -462,7 +462,8 @@ def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path, data, best_of_n
             rs.main(parts)
     path = tmp_path / "parts/candidates.jsonl"
     assert len(path.read_bytes().splitlines()) == 4
-    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[0] + b'{"pro')
+    fifth = (tmp_path / "whole/candidates.jsonl").read_bytes().splitlines(keepends=True)[4]
+    path.write_bytes(path.read_bytes() + fifth + b'{"pro')
     sampled.clear()
     monkeypatch.setattr(rs, "sample_and_score", counted)
     with pytest.raises(common.UserError, match="--resume"):
