@@ -197,6 +197,15 @@ def test_greedy_equals_model_generate(family):
     assert common.generate(model, PROMPTS, 12, eos, temperature=0, slots=2) == expected
 
 
+def test_large_logits_do_not_look_like_a_disagreement(capsys):
+    """SmolLM2's logits reach 34, where float32 differs by more than 1e-3 between two orders of
+    summation: an absolute bound sent the whole model to the slow way."""
+    model = make_llama(60)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    assert common.slots_work(model, 20) and capsys.readouterr().out == ""
+
+
 def test_a_model_with_a_plain_head_keeps_it_when_generate_sees_it_first():
     model = make_llama(60)
     common.generate(model, PROMPTS[:1], 2, EOS, temperature=0)
@@ -312,6 +321,34 @@ def test_fallback_stops_at_eos_and_reproduces_with_a_generator():
     assert {len(r) for r in responses} >= {1, 2, 9}
     for response in responses:
         assert not set(response[:-1]) & {2, 7, 9, 11}
+
+
+def test_hybrid_models_are_generated_for_by_transformers_with_their_own_attention(tmp_path):
+    """Convolution and attention in turn: no slots, and left padding needs transformers' masks."""
+    from transformers import Lfm2Config
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        **GROUPED, block_multiple_of=8, layer_types=["conv", "full_attention"], conv_L_cache=3
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    expected = plain_greedy(model, PROMPTS, 6, [EOS])
+    loaded = common.load_policy(tmp_path, CPU)
+    attention = loaded.config._attn_implementation
+    assert common.generate(loaded, PROMPTS[:1], 6, EOS, temperature=0) == expected[:1]
+    assert len(common.generate(loaded, PROMPTS, 6, EOS, temperature=0)) == len(PROMPTS)
+    assert loaded.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_scaling_that_sets_in_falls_back(kind):
+    """Beyond the original context the angles depend on the longest sequence in the batch."""
+    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4) if kind == "longrope" else {}
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=4.0, **factors)
+    rope["original_max_position_embeddings"] = 16
+    model = make_llama(60, max_position_embeddings=64, rope_parameters=rope)
+    assert common.slots_work(model, 16) and not common.slots_work(model, 17)
 
 
 @pytest.mark.parametrize("config", [
