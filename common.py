@@ -251,7 +251,7 @@ def decode(model, slots, kv):
 
 
 def uses_graphs(model):
-    return model.device.type == "cuda" and model.slots_agree == "without the host"
+    return model.device.type == "cuda" and model.step_never_waits
 
 
 def capture(step, pool):
@@ -400,8 +400,8 @@ def plain_length(model):
 
 @torch.no_grad()
 def slots_agree(model):
-    """Whether a prefill and a step in two slots give the logits of a plain forward: False, True, or
-    "without the host" where the step never waits for the device, so that it can be a CUDA graph.
+    """Whether a prefill and a step in two slots give the logits of a plain forward. Notes, too,
+    whether the step never waits for the device, so that it can be a CUDA graph.
     """
     has_plain_head(model)  # found while the model's own attention is still in place
     ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
@@ -413,15 +413,12 @@ def slots_agree(model):
             prefill(model, slots, [0, 1], [ids[:5].tolist(), ids[:8].tolist()])
             slots.token[:] = ids[[5, 8]]
             step = decode_logits(model, slots, 10)
-            alone = model.device.type == "cuda" and never_waits(
-                partial(decode_logits, model, slots, 10)
-            )
+            model.step_never_waits = never_waits(partial(decode_logits, model, slots, 10))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     finally:
         model.train(training)
-    agree = nearly_equal(step, torch.stack(plain))
-    return "without the host" if agree and alone else agree
+    return nearly_equal(step, torch.stack(plain))
 
 
 def nearly_equal(x, y):
@@ -432,6 +429,8 @@ def nearly_equal(x, y):
 
 def never_waits(step):
     """Whether the host does not read the device in `step`; a CUDA graph would fail at that."""
+    if not torch.cuda.is_initialized():
+        return True
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -1604,6 +1603,36 @@ def clock(device):
     return time.perf_counter()
 
 
+def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_tokens=0):
+    """What the run will hold at its peak, in GiB, beside what the card has.
+
+    Weights, gradients (of one model at a time), Adam's moments and the sampler's K/V are counted;
+    the activations of a micro-batch are a rule of thumb, 34 bytes for each token, layer and hidden
+    unit (Korthikanti et al. 2022, without the attention matrices), 2 with checkpointing.
+    """
+    size = lambda model: sum(p.numel() * p.element_size() for p in model.parameters())  # noqa: E731
+    parts = dict(weights=sum(size(model) for model in [*trained, *frozen]))
+    parts["gradients"] = max((size(model) for model in trained), default=0)
+    parts["Adam"] = 2 * sum(size(model) for model in trained)
+    if sampler is not None:
+        config = sampler.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None)
+        head_size = head_size or config.hidden_size // config.num_attention_heads
+        a_token = 2 * config.num_hidden_layers * heads * head_size * sampler.dtype.itemsize
+        parts["K/V"] = cached_tokens * a_token
+    widths = [m.config.get_text_config() for m in trained]
+    width = max((w.num_hidden_layers * w.hidden_size for w in widths), default=0)
+    a_token = 2 if cfg.gradient_checkpointing else 34
+    parts["activations about"] = micro_tokens(cfg, device) * width * a_token
+    text = ", ".join(f"{name} {amount / 2**30:.2f}" for name, amount in parts.items())
+    text = f"memory, GiB: {text}; in all {sum(parts.values()) / 2**30:.2f}"
+    if device.type == "cuda":
+        text += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}"
+    print(text)
+    print_memory_plan.last = text  # for the day it did not fit
+
+
 def peak_memory_gib():
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
@@ -1626,8 +1655,8 @@ def require(cfg, **bounds):
 
 
 OUT_OF_MEMORY = (
-    "Out of memory? In the order of what they cost: a lower --micro_tokens, "
-    "--gradient_checkpointing, fewer --slots, a shorter --max_new_tokens, a smaller model"
+    "What helps, the cheapest first: a lower --micro_tokens, --gradient_checkpointing, fewer "
+    "--slots, a shorter --max_new_tokens, a smaller model"
 )
 NO_SPACE = "the last whole checkpoint is as it was: make room, then --resume"
 
@@ -1657,7 +1686,8 @@ def command_line(config_class, main, doc):
     except UserError as problem:
         error_line = str(problem)
     except torch.OutOfMemoryError as problem:
-        error_line = f"{str(problem).splitlines()[0]} {OUT_OF_MEMORY}"
+        plan = getattr(print_memory_plan, "last", "no model was loaded yet")
+        error_line = f"{str(problem).splitlines()[0]} The plan was: {plan}. {OUT_OF_MEMORY}"
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

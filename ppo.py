@@ -432,6 +432,9 @@ def main(cfg):
         f"each step {epochs} epochs of {cfg.minibatches} minibatches of {B // cfg.minibatches}; "
         f"at most {cfg.max_new_tokens} new tokens"
     )
+    cached = min(cfg.slots, B) * (max(len(p["ids"]) for p in prompts) + cfg.max_new_tokens)
+    frozen_models = {ref, pi_old} - {policy} | ({reward} if reward else set())
+    common.print_memory_plan(device, cfg, [policy, value], frozen_models, pi_old, cached)
 
     for step in run.steps(cfg.steps):
         # 1. Sample: pi_old answers a batch of prompts.

@@ -357,6 +357,25 @@ def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
     return common.optimizer_step(policy, optimizer, stats, batch_ids, cfg)
 
 
+def train_on_pairs(run, policy, optimizer, pairs, ref_logprobs, cfg):
+    """The preference step. `ref_logprobs` is empty, or what a checkpoint remembers of it."""
+    if not pairs:
+        raise common.UserError("no pairs to learn from: see the counts above")
+    if not ref_logprobs:  # the policy still is the reference
+        ref_logprobs |= all_logprobs(policy, pairs, cfg)
+    steps = math.ceil(cfg.epochs * len(pairs) / cfg.batch_size)
+    steps = min(steps, cfg.steps or steps)
+    print(
+        f"Preference step ({cfg.loss}) on {policy.device}: {policy.num_parameters() / 1e6:.1f}M "
+        f"parameters, {len(pairs)} pairs, {steps} steps of {cfg.batch_size}"
+    )
+    for step in run.steps(steps):
+        batch = common.epoch_batch(len(pairs), cfg.batch_size, step, cfg.seed)
+        lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
+        stats = preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg)
+        run.log(("loss", "accuracy", "margin"), lr=lr, **stats)
+
+
 @torch.no_grad()
 def held_out_accuracy(policy, ref, pairs, cfg):
     """Share of pairs with h > 0: those the policy moved the right way, a tie counts half."""
@@ -494,6 +513,7 @@ def main(cfg):
             policy.gradient_checkpointing_enable()
         common.compile_layers(policy, cfg.compile)
         optimizer = common.make_adamw(policy, cfg.lr)
+        common.print_memory_plan(device, cfg, [policy], [ref])
         tracked = dict(policy=policy, optimizer=optimizer, ref_logprobs=ref_logprobs)
     look = (tokenizer, eos, score, gold, cfg)
     answers = dict(before=common.evaluate(ref, ref, ref, eval_prompts, *look))
@@ -512,22 +532,7 @@ def main(cfg):
 
     if cfg.loss != "none":
         # 3. Preference step.
-        if not pairs:
-            raise common.UserError("no pairs to learn from: see the counts above")
-        if not ref_logprobs:  # a resumed run has them: its policy has moved since
-            ref_logprobs |= all_logprobs(policy, pairs, cfg)
-        steps = math.ceil(cfg.epochs * len(pairs) / cfg.batch_size)
-        steps = min(steps, cfg.steps or steps)
-        print(
-            f"Preference step ({cfg.loss}) on {device}: {policy.num_parameters() / 1e6:.1f}M "
-            f"parameters, {len(pairs)} pairs, {steps} steps of {cfg.batch_size}"
-        )
-        for step in run.steps(steps):
-            batch = common.epoch_batch(len(pairs), cfg.batch_size, step, cfg.seed)
-            lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-            stats = preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg)
-            run.log(("loss", "accuracy", "margin"), lr=lr, **stats)
-
+        train_on_pairs(run, policy, optimizer, pairs, ref_logprobs, cfg)
         if cfg.pairs and eval_pairs:
             results["accuracy"] = held_out_accuracy(policy, ref, eval_pairs, cfg)
             print(f"held-out pairs moved the right way: {results['accuracy']:.1%}")

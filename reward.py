@@ -311,6 +311,7 @@ def main(cfg):
         f"Reward model: {model.num_parameters() / 1e6:.1f}M parameters on {device}, {cfg.loss}, "
         f"{len(judgements)} judgements, {steps} steps of {cfg.batch_size}"
     )
+    common.print_memory_plan(device, cfg, [model])
 
     for step in run.steps(steps):
         rows = common.epoch_batch(len(judgements), cfg.batch_size, step, cfg.seed)

@@ -63,6 +63,14 @@ def check(cfg):
     )  # fmt: skip
 
 
+def texts_of(rows):
+    """All that a model may read or say in these lines; not where they come from."""
+    values = [value for row in rows for key, value in row.items() if key != "where"]
+    messages = [m for value in values if isinstance(value, list) for m in value]
+    values += [m.get("content") for m in messages if isinstance(m, dict)]
+    return [value for value in values if isinstance(value, str)]
+
+
 def new_tokenizer(texts, vocab_size=2048):
     """A byte-level BPE tokenizer trained on `texts`. A prompt gets <bos>; a response is what
     follows, up to <eos>.
@@ -145,8 +153,7 @@ def main(cfg):
         tokenizer = common.load_tokenizer(cfg.model)
         model = common.load_policy(cfg.model, device)
     else:
-        texts = [text for row in train_rows for text in row.values() if isinstance(text, str)]
-        tokenizer = new_tokenizer(texts)
+        tokenizer = new_tokenizer(texts_of(train_rows))
         model = new_model(tokenizer, cfg.seed).to(device)
 
     def encode(rows):
@@ -170,6 +177,7 @@ def main(cfg):
         f"SFT on {device}: {model.num_parameters() / 1e6:.1f}M parameters, {len(examples)} "
         f"demonstrations ({tokens} response tokens), {steps} steps of {cfg.batch_size}"
     )
+    common.print_memory_plan(device, cfg, [model])
 
     for step in run.steps(steps):
         rows = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)

@@ -94,10 +94,8 @@ def chat(role, content):
     return [dict(role=role, content=content)]
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A folder with a small file of each kind, to be read only; `turns` holds chat messages."""
-    folder = tmp_path_factory.mktemp("data")
+def write_data(folder):
+    """A small file of each kind; `turns` holds chat messages."""
     answered = [(q, ANSWERS[i % 4]) for i, q in enumerate(QUESTIONS * 2)]
     write(folder / "sft.jsonl", [dict(prompt=q, completion=a) for q, a in answered])
     write(folder / "pairs.jsonl", [dict(prompt=q, chosen=a, rejected="egg") for q, a in answered])
@@ -112,6 +110,12 @@ def data(tmp_path_factory):
     write(folder / "chat_prompts.jsonl", [dict(prompt=chat("user", q)) for q in QUESTIONS])
     (folder / "rule.py").write_text(RULES)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The folder of `write_data`; read it only."""
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def sft_config(files, folder, out, **flags):

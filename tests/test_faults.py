@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -13,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, STAGES, eval_of, flags_of, rows_of, sft_config, weights_of, write
+from conftest import (
+    CONFIGS,
+    STAGES,
+    eval_of,
+    flags_of,
+    make_llama,
+    rows_of,
+    sft_config,
+    weights_of,
+    write,
+)
 from transformers import AutoTokenizer
 
 import common
@@ -439,3 +450,30 @@ def test_a_rule_that_draws_from_the_global_generators_resumes_the_same(
     STAGES["ppo"].main(replace(parts, resume=True))
     scores = [[row["score"] for row in rows_of(run.out)] for run in (cfg, parts)]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_out_of_memory_is_one_line_with_the_plan_and_what_helps(
+    tmp_path, data, sft_folder, monkeypatch, capsys, name
+):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(common, "optimizer_step", no_memory)
+    assert command_line(monkeypatch, name, CONFIGS[name](data, sft_folder, tmp_path / "out")) == 2
+    out, error = capsys.readouterr()
+    plan = next(line for line in out.splitlines() if line.startswith("memory, GiB: "))
+    line = error.strip().splitlines()[-1]
+    assert "2.00 GiB" in line and plan in line and "--micro_tokens" in line
+
+
+def test_the_memory_plan_counts_what_is_there(capsys):
+    model, cfg = make_llama(60), STAGES["ppo"].Config(micro_tokens=2**20)
+    half = make_llama(60).bfloat16()
+    common.print_memory_plan(torch.device("cpu"), cfg, [model, model], [half], half, 2**20)
+    numbers = [float(x) for x in re.findall(r"[0-9.]+[0-9]", capsys.readouterr().out)]
+    P = sum(p.numel() for p in model.parameters())
+    kv = 2**20 * 2 * 2 * 2 * 8 * 2  # tokens, K and V, layers, groups, head size, bytes
+    activations = 2**20 * 2 * 32 * 34
+    parts = [(4 + 4 + 2) * P, 4 * P, 16 * P, kv, activations]
+    assert numbers == pytest.approx([x / 2**30 for x in [*parts, sum(parts)]], abs=0.006)

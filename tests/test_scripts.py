@@ -105,6 +105,20 @@ def test_sft_outputs(data, sft_folder):
     assert not list(Path(sft_folder).glob("checkpoint*")) + list(Path(sft_folder).glob("*.tmp"))
 
 
+def test_the_new_tokenizer_does_not_depend_on_where_the_data_is(tmp_path, data):
+    """The file's path was among the texts once, so that every folder gave another tokenizer."""
+    found = []
+    for folder in ("a", "a/much/longer/path"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("sft.jsonl", "turns.jsonl"):
+            (tmp_path / folder / name).write_bytes((data / name).read_bytes())
+        rows = [common.read_jsonl(tmp_path / folder / f"{n}.jsonl") for n in ("sft", "turns")]
+        texts = [sft.texts_of(part) for part in rows]
+        assert texts[0] == texts[1]  # the same dialogues, as prompt and completion, and as messages
+        found.append(sft.new_tokenizer(texts[0], 300).get_vocab())
+    assert found[0] == found[1]
+
+
 def plain_sft_loss(model, tokenizer, rows):
     """Summed -log pi(completion + EOS | prompt), row by row, and how many tokens that is."""
     total, tokens = 0, 0
