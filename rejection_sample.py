@@ -239,18 +239,18 @@ def best_that_ended(rewards, ended):
 def choose(rewards, ended, number, cfg):
     """Among one prompt's answers: the best that ended, or None, and pairs (winner, loser)."""
     rewards, ended = torch.tensor(rewards), torch.tensor(ended)
-    best = int(best_that_ended(rewards[None], ended[None])) if ended.any() else None
-    if cfg.method == "best_of_n":
-        worst = int(rewards.argmin())
-        pairs = [(best, worst)] if best is not None and rewards[best] > rewards[worst] else []
-    elif len(rewards) > cfg.num_samples:
+    if not ended.any():
+        return None, []
+    best, worst = int(best_that_ended(rewards[None], ended[None])), int(rewards.argmin())
+    pairs = []
+    if cfg.method == "best_of_n" and rewards[best] > rewards[worst]:
+        pairs = [(best, worst)]
+    if cfg.method == "rso" and len(rewards) > cfg.num_samples:
         seed = common.make_generator("cpu", cfg.seed, "rso", number).initial_seed()
         rng = np.random.default_rng(seed)
         accepted = statistical_rejection(rewards, cfg.num_samples, cfg.rso_beta, rng)
         ranked = rank_pairs(rewards[accepted].tolist(), cfg.rank)
         pairs = [(accepted[winner], accepted[loser]) for winner, loser in ranked]
-    else:
-        pairs = []
     return best, [(winner, loser) for winner, loser in pairs if ended[winner]]
 
 

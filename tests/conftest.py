@@ -1,11 +1,13 @@
 """Tiny models, tokenizers and data for all tests, made on the spot: nothing is downloaded."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,3 +215,12 @@ def weights_of(out):
     from safetensors.torch import load_file
 
     return load_file(Path(out) / "model.safetensors")
+
+
+def fork():
+    """os.fork without tqdm's monitor thread: a child made while it holds its lock would hang."""
+    tqdm.monitor_interval = 0
+    if tqdm.monitor is not None:
+        tqdm.monitor.exit()
+        tqdm.monitor = None
+    return os.fork()

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import CONFIGS, STAGES, make_llama, make_tokenizer, rows_of, write_data
+from conftest import CONFIGS, STAGES, fork, make_llama, make_tokenizer, rows_of, write_data
 from test_faults import assert_same
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def random_flags(rng, name, data):
 
 def in_a_child(run, kill=None, after=0.0):
     """Fork, run, send `kill` after so many seconds; returns the exit code, or minus the signal."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         code = 0
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

@@ -19,6 +19,7 @@ from conftest import (
     STAGES,
     eval_of,
     flags_of,
+    fork,
     make_llama,
     rows_of,
     sft_config,
@@ -247,7 +248,7 @@ def assert_same(name, whole, parts):
     assert eval_of(whole.out) == eval_of(parts.out)
     rows = [[{k: v for k, v in row.items() if k not in CLOCK} for row in rows_of(cfg.out)]
             for cfg in (whole, parts)]  # fmt: skip
-    assert rows[0] == rows[1] and len(rows[0]) == 5
+    assert rows[0] and rows[0] == rows[1]
     names = [{path.name for path in Path(cfg.out).iterdir()} for cfg in (whole, parts)]
     assert names[0] == names[1]
     if name in ("ppo", "rejection_sample"):
@@ -327,7 +328,7 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, whole):
     seconds, rng = time.perf_counter() - started, random.Random(name)
     kills = 0
     while kills < 20:
-        child = os.fork()
+        child = fork()
         if child == 0:
             STAGES[name].main(parts)
             os._exit(0)
