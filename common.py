@@ -1547,6 +1547,7 @@ class Run:
             temporary.rmdir()
         self.metrics.close()
         write_json(self.out / "eval.json", results)
+        shutil.rmtree(self.out / "checkpoint.tmp", ignore_errors=True)  # a kill's
         for old in self.checkpoints():
             shutil.rmtree(old)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -218,9 +219,12 @@ def weights_of(out):
 
 
 def fork():
-    """os.fork without tqdm's monitor thread: a child made while it holds its lock would hang."""
+    """os.fork with a lock for tqdm that is the child's own: processes share the usual one, and it is
+    held for good by a child killed inside it.
+    """
     tqdm.monitor_interval = 0
     if tqdm.monitor is not None:
         tqdm.monitor.exit()
         tqdm.monitor = None
+    tqdm.set_lock(threading.RLock())
     return os.fork()
