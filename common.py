@@ -14,8 +14,10 @@ attention mask and no position ids are needed. A `mask` is 1.0 on real response 
 included; it comes from lengths, never from `ids != pad`, since pad often is EOS.
 """
 
+import argparse
 import errno
 import gzip
+import html
 import importlib.util
 import json
 import math
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -1311,15 +1313,21 @@ def summarise(prompts, **answers):
     return results
 
 
+def side_by_side(results, names):
+    """`results` as {quantity: its values, as text, for each of the answers `names`}."""
+    rows = {}
+    for key in [key for key in results if names and f"_{names[0]}" in key]:
+        style = ".1%" if key.startswith(("gold", "eos")) else ".2f"
+        values = [results[key.replace(f"_{names[0]}", f"_{name}")] for name in names]
+        rows[key.replace(f"_{names[0]}", "")] = [format(value, style) for value in values]
+    return rows
+
+
 def print_table(results, prompts, **answers):
     """The `answers` side by side: their numbers in `results`, then some of their texts."""
-    first = next(iter(answers))
     print(f"\n{len(prompts)} held-out prompts{'':9}" + "".join(f"{name:>12}" for name in answers))
-    for key in [key for key in results if f"_{first}" in key]:
-        style = ".1%" if key.startswith(("gold", "eos")) else ".2f"
-        values = [results[key.replace(f"_{first}", f"_{name}")] for name in answers]
-        columns = "".join(f"{format(value, style):>12}" for value in values)
-        print(f"{key.replace(f'_{first}', ''):28}" + columns)
+    for name, values in side_by_side(results, list(answers)).items():
+        print(f"{name:28}" + "".join(f"{value:>12}" for value in values))
     kls = ["" if own["kl"] is None else f"{own['kl']:.2f}" for own in answers.values()]
     print(f"{'KL to the reference, nats':28}" + "".join(f"{kl:>12}" for kl in kls))
     for i in range(0, len(prompts), max(1, len(prompts) // 6)):
@@ -1369,6 +1377,9 @@ def append_jsonl(file, rows):
     os.fsync(file.fileno())
 
 
+LOGGERS = ("tensorboard", "wandb")  # flags, and packages that the user may have
+
+
 class Run:
     """A stage's folder: settings, metrics, checkpoints; at the end the model and eval.json.
 
@@ -1383,8 +1394,12 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out)
         self.start, self.stop_signal = 0, None
         settings = asdict(cfg)
-        for name in ("resume", "overwrite", "save_every", "keep", "device"):
+        for name in ("resume", "overwrite", "save_every", "keep", "device", *LOGGERS, "quiet"):
             settings.pop(name)
+        self.report_due = 0.0
+        for name in (name for name in LOGGERS if getattr(cfg, name)):
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"--{name}: not installed here (pip install {name})")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: a file is in the way")
         replace = cfg.overwrite and (self.out / "run.json").exists()
@@ -1401,6 +1416,7 @@ class Run:
                 was = ", ".join(f"--{k} was {before.get(k)!r}" for k in changed)
                 raise UserError(f"--resume {self.out}: the settings differ ({was})")
             if (self.out / "eval.json").exists():
+                self.remove_checkpoints()  # a kill in the run's last moment may have left them
                 raise UserError(f"--resume {self.out}: this run is finished")
         reads = [Path(v) for k, v in settings.items() if isinstance(v, str) and v and k != "out"]
         own = self.out.resolve()
@@ -1421,13 +1437,27 @@ class Run:
             shutil.rmtree(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "run.json", self.settings)
-        if not self.checkpoints():
+        if self.checkpoints():
+            self.load_checkpoint()
+        else:
             self.metrics = open(self.out / "metrics.jsonl", "wb")
-            return
+        self.tensorboard = self.wandb = None
+        if self.cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.out, purge_step=self.start + 1)
+        if self.cfg.wandb:
+            import wandb
+
+            settings = dict(config=self.settings, dir=self.out)
+            self.wandb = wandb.init(project="rlhf", name=str(self.out), **settings)
+
+    def load_checkpoint(self):
+        """Put the tracked objects where the newest checkpoint has them."""
         folder = self.checkpoints()[-1]
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        for name, thing in objects.items():
+        for name, thing in self.tracked.items():
             if hasattr(thing, "save_pretrained"):
                 saved = type(thing).from_pretrained(folder / name, dtype=thing.dtype)
                 thing.load_state_dict(saved.state_dict())
@@ -1482,8 +1512,9 @@ class Run:
         self.name = name or self.out.name
         first = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(
-            total=total, initial=start, disable=None, desc=self.name, dynamic_ncols=True
-        )
+            total=total, initial=start, desc=self.name, dynamic_ncols=True,
+            disable=self.cfg.quiet or None,  # None: where there is no terminal
+        )  # fmt: skip
         try:
             for step in range(start + 1, total + 1):
                 self.step, self.began = step, time.perf_counter()
@@ -1516,6 +1547,15 @@ class Run:
         self.metrics.write((json.dumps(row) + "\n").encode())
         self.metrics.flush()
         self.show(**{name: row[name] for name in show})
+        if self.tensorboard:
+            for name, number in row.items():
+                self.tensorboard.add_scalar(name, number, self.step)
+        if self.wandb:
+            self.wandb.log(row, step=self.step)
+        if (start := time.perf_counter()) > self.report_due:
+            write_report(self.out)
+            took = time.perf_counter() - start
+            self.report_due = start + max(5, 50 * took)  # at most a fiftieth of the run's time
 
     def show(self, **numbers):
         """The few numbers of a step that the progress bar has room for, or a line now and then
@@ -1546,10 +1586,121 @@ class Run:
                 os.replace(path, self.out / path.name)
             temporary.rmdir()
         self.metrics.close()
+        write_report(self.out, results)
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
         write_json(self.out / "eval.json", results)
-        shutil.rmtree(self.out / "checkpoint.tmp", ignore_errors=True)  # a kill's
-        for old in self.checkpoints():
-            shutil.rmtree(old)
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self):
+        for folder in [*self.checkpoints(), self.out / "checkpoint.tmp"]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# report.html: one page, with neither script nor network
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">{refresh}
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
+:root {{ color-scheme: light dark; --ink: light-dark(#1c2430, #dfe5ec); --line: #8884;
+  --soft: light-dark(#667182, #93a0b0); --hue: light-dark(#0b62c4, #6db3ff) }}
+body {{ font: 15px/1.45 system-ui, sans-serif; color: var(--ink); max-width: 1100px;
+  margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.05rem; margin: 2.2rem 0 .6rem }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 1rem }}
+figure {{ margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem }}
+figcaption {{ display: flex; justify-content: space-between; font-size: .85rem }}
+svg {{ width: 100%; height: 70px; display: block; margin: .3rem 0; overflow: visible }}
+polyline {{ fill: none; stroke: var(--hue); stroke-width: 1.6; vector-effect: non-scaling-stroke }}
+small, .soft {{ color: var(--soft) }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
+  border-top: 1px solid var(--line); overflow-wrap: anywhere; white-space: pre-line }}
+.numbers {{ width: auto }} .numbers td + td {{ font-variant-numeric: tabular-nums }}
+.samples td {{ width: 33% }}
+@media (max-width: 640px) {{ .samples tr {{ display: block; border-top: 1px solid var(--line) }}
+  .samples td {{ display: block; width: auto; border: 0; padding: .2rem 0 }}
+  .samples tr:first-child {{ display: none }}
+  .samples td + td::before {{ content: attr(data-name) "  "; color: var(--soft) }} }}
+</style><h1>{title}</h1><p class="soft">{state}</p>{body}</html>
+"""
+
+
+def write_report(out, results=None):
+    """report.html: the metrics, results, samples and settings of the run in `out`. The page loads
+    itself again now and then until there are `results`.
+    """
+    rows, samples = (
+        [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
+        for path in (out / "metrics.jsonl", out / "samples.jsonl")
+    )
+    body, curves, constant = "", "", []
+    names = [name for name in (samples or [{}])[0] if name != "prompt" and "score_" not in name]
+    if results:
+        table = [["Results, held-out data", *(names or [""])]]
+        table += [[name, *values] for name, values in side_by_side(results, names).items()]
+        for name, value in results.items():
+            if isinstance(value, (int, float)) and not any(f"_{own}" in name for own in names):
+                table.append([name, f"{value:.4g}"])
+        body += html_table("numbers", table)
+    for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
+        steps, values = zip(*((row["step"], row[name]) for row in rows if name in row))
+        if len(set(values)) > 1:
+            curves += curve(name, steps, values)
+        else:
+            constant.append(f"{name} {values[0]:.3g}")
+    body += f"<h2>Metrics by step</h2><div class=curves>{curves}</div>"
+    body += f"<p class=soft>Constant: {html.escape(', '.join(constant))}</p>" if constant else ""
+    if results and samples:
+        table = [["prompt", *names]]
+        for sample in samples[:200]:
+            cells = [as_text(sample["prompt"])[-600:]]
+            for name in names:
+                score = sample.get(f"score_{name}")
+                cells.append(sample[name][:600] + ("" if score is None else f"\n({score:.2f})"))
+            table.append(cells)
+        body += f"<h2>Answers to {len(samples)} held-out prompts</h2>"
+        body += html_table("samples", table)
+    settings = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    body += "<h2>Settings</h2>" + html_table("numbers", [["flag", "value"], *settings.items()])
+    step = rows[-1]["step"] if rows else 0
+    state = f"{'finished' if results else 'running'}, {step} steps; {time.strftime('%F %R')}"
+    refresh = "" if results else '<meta http-equiv="refresh" content="10">'
+    title = html.escape(str(out))
+    page = PAGE.format(title=title, state=state, refresh=refresh, body=body)
+    write_text(out / "report.html", page)
+
+
+def curve(name, steps, values):
+    """A metric as a small SVG, with its last value and its range."""
+    every = math.ceil(len(steps) / 300)
+    steps, last, values = steps[::every], values[-1], values[::every]
+    low, high = min(values), max(values)
+    x = [300 * (step - steps[0]) / max(1, steps[-1] - steps[0]) for step in steps]
+    y = [65 - 60 * (value - low) / ((high - low) or 1) for value in values]
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+    return (
+        f"<figure><figcaption>{html.escape(name)}<b>{last:,.4g}</b></figcaption>"
+        f'<svg viewBox="0 0 300 70" preserveAspectRatio="none"><polyline points="{line}"/></svg>'
+        f"<small>{low:,.3g} to {high:,.3g}</small></figure>"
+    )
+
+
+def as_text(prompt):
+    """A prompt that may be chat messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def html_table(kind, rows):
+    """The first row is the heading."""
+    text = "<tr>" + "".join(f"<th>{html.escape(str(cell))}</th>" for cell in rows[0]) + "</tr>"
+    for row in rows[1:]:
+        named = zip(rows[0], row)
+        cells = (f'<td data-name="{n}">{html.escape(str(cell))}</td>' for n, cell in named)
+        text += f"<tr>{''.join(cells)}</tr>"
+    return f"<table class={kind}>{text}</table>"
 
 
 def make_missing_stages(cfg):
@@ -1563,7 +1714,8 @@ def make_missing_stages(cfg):
         print(f"{folder} is missing: running {script}", flush=True)
         command = [sys.executable, str(Path(__file__).parent / script), "--out", folder]
         command += ["--seed", str(cfg.seed), "--device", cfg.device]
-        command += flags + (["--resume"] if (Path(folder) / "run.json").exists() else [])
+        command += flags + (["--quiet"] if cfg.quiet else [])
+        command += ["--resume"] if (Path(folder) / "run.json").exists() else []
         # Ctrl-C reaches the stage too, which saves and stops; then so do we.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         code = subprocess.run(command).returncode
@@ -1662,14 +1814,30 @@ OUT_OF_MEMORY = (
 NO_SPACE = "the last whole checkpoint is as it was: make room, then --resume"
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's docstring as it stands; then a flag a line, by one name, with its default."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36, width=110)
+
+    def _format_action_invocation(self, action):
+        kind = action.metavar or (action.type or str).__name__.upper()
+        kind = "|".join(action.choices) if action.choices else kind
+        return action.option_strings[0] + ("" if action.nargs in (0, "?") else f" {kind}")
+
+    def _get_help_string(self, action):
+        return action.help if action.default == "" else super()._get_help_string(action)
+
+
 def command_line(config_class, main, doc):
     """Parse the flags of `config_class`, run `main`, and turn a UserError into one line on
     stderr and exit code 2.
     """
     script = Path(sys.argv[0]).name
     parser = HfArgumentParser(
-        config_class, description=doc.strip().splitlines()[0], allow_abbrev=False
-    )
+        config_class, description=doc, usage=f"{script} [--flag value ...]", allow_abbrev=False,
+        formatter_class=Help,
+    )  # fmt: skip
 
     def error(message):
         print(f"{script}: {message} (see {script} --help)", file=sys.stderr)
@@ -1680,7 +1848,8 @@ def command_line(config_class, main, doc):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        main(cfg)
+        with redirect_stdout(open(os.devnull, "w")) if cfg.quiet else nullcontext():
+            main(cfg)
     except KeyboardInterrupt:  # outside the steps, where a first Ctrl-C saves
         print(f"{script}: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -93,6 +93,9 @@ class Config:
     keep: int = HfArg(default=1, help="checkpoints to keep")
     sample_every: int = HfArg(default=10, help="steps between two decoded samples; 0: none")
     trace: int = HfArg(default=0, help="steps between per-token tables of one episode; 0: none")
+    tensorboard: bool = HfArg(default=False, help="log there too; pip install tensorboard")
+    wandb: bool = HfArg(default=False, help="log to Weights & Biases too; pip install wandb")
+    quiet: bool = HfArg(default=False, help="print nothing but errors")
     seed: int = HfArg(default=0, help="of the order of the prompts and the sampling")
     device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
     compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
@@ -522,6 +525,7 @@ def main(cfg):
             eos_rate=ended.mean().item(),
             lr=lr,
             epochs=passes,
+            **metrics,
             rollout_seconds=sampled - start,
             score_seconds=scored - sampled,
             update_seconds=updated - scored,
@@ -529,7 +533,6 @@ def main(cfg):
             score_tokens_per_s=tokens / (scored - sampled),
             update_tokens_per_s=tokens * passes / (updated - scored),
             **common.utilisation(flops, updated - scored, device),
-            **metrics,
         )
         if cfg.sample_every and step % cfg.sample_every == 0:
             for i in range(min(2, B)):

@@ -1,81 +1,112 @@
 """Experiments on the embedded world: what learns, how well, on which seeds.
 
-    python tests/bench_learning.py                      # all parts, seeds 0 1 2
-    python tests/bench_learning.py --only rejection --seeds 0
+    pip install matplotlib
+    python tests/bench_learning.py                   # all parts; prints its plan and time first
+    python tests/bench_learning.py --only 1,4 --seeds 3
 
 Each run is one of the project's own commands, on one thread, two at a time; it is printed, and one
-that is finished is not run again. SFT and reward models are made once a seed. Tables go to
-tests/results/, runs to --work.
+that is finished is not run again. SFT and reward models are made once a seed. Runs go to --work,
+tables and pictures to tests/results/.
 
-rejection   rejection sampling beside PPO: best-of-N, SFT on best-of-8, DPO on human pairs, on
-            sampled and ranked pairs, and on RSO pairs, on one axis of reward against KL
+1  objectives   policy gradient, clip and kl from the same start: gold over the steps, and the rate
+                at which each begins to collapse
+2  seeds        clip at its defaults on ten seeds
+3  frontier     reward against KL: PPO at several kl_coef, best-of-N, SFT on the best, DPO, RSO; and
+                over-optimisation of a reward model that saw few pairs
+4  ingredients  PPO with one of them left out
+5  reward       the three losses of the reward model from the same number of judgements
+
+A run has collapsed when it ends with fewer good answers than its SFT model gave. Gold is the share
+of good answers by the exact judge; the scripts' own --seed is the seed.
 """
 
 import argparse
 import json
 import os
+import random
+import shlex
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
+
+import matplotlib
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-DATA = ROOT / "data"
+import common  # noqa: E402
+import rejection_sample  # noqa: E402
+from data import hhh  # noqa: E402
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+DATA, RESULTS = ROOT / "data", ROOT / "tests/results"
+SECONDS = {"sft.py": 40, "reward.py": 30, "ppo.py": 75, "rejection_sample.py": 60}  # one thread
 
 
-def command(script, out, **flags):
-    """The command line of a run, as a list."""
-    parts = [sys.executable, str(ROOT / script), "--out", str(out), "--device", "cpu"]
+# ----------------------------------------------------------------------------------------------
+# Runs
+
+
+def command(script, out, patch="", **flags):
+    """The command line of a run, as a list; `patch` is a line of Python run before it."""
+    parts = [sys.executable, str(ROOT / script)]
+    if patch:
+        stage = script.removesuffix(".py")
+        start = f"common.command_line({stage}.Config, {stage}.main, {stage}.__doc__)"
+        parts = [sys.executable, "-c", f"import common, {stage}; {patch}; {start}"]
+    parts += ["--out", str(out), "--device", "cpu"]
     for name, value in flags.items():
         parts += [f"--{name}", str(value)]
     return parts
 
 
+def out_of(parts):
+    return Path(parts[parts.index("--out") + 1])
+
+
 def run_all(waves):
     """Run waves of commands, two at a time within a wave, leaving out the finished ones."""
+    todo = [
+        [parts for parts in {str(out_of(p)): p for p in wave}.values()
+         if not (out_of(parts) / "eval.json").exists()]
+        for wave in waves
+    ]  # fmt: skip
+    scripts = [next((s for s in SECONDS if s in " ".join(p)), "ppo.py") for w in todo for p in w]
+    hours = sum(SECONDS[script] for script in scripts) / 2 / 3600
+    print(f"{len(scripts)} runs to make, about {hours:.1f} hours on two cores", flush=True)
     environment = dict(os.environ, OMP_NUM_THREADS="1")
 
     def run(parts):
-        out = Path(parts[parts.index("--out") + 1])
-        if (out / "eval.json").exists():
-            return
-        print(" ".join(parts[1:]), flush=True)
-        if (out / "run.json").exists():
-            parts = [*parts, "--resume"]
-        done = subprocess.run(parts, env=environment, capture_output=True, text=True)
+        start = time.time()
+        resume = ["--resume"] if (out_of(parts) / "run.json").exists() else []
+        done = subprocess.run(
+            [*parts, *resume], env=environment, cwd=ROOT, capture_output=True, text=True
+        )
+        print(f"{time.time() - start:4.0f} s  {shlex.join(parts[1:])}", flush=True)
         if done.returncode:
-            sys.exit(f"{out}: {done.stderr[-2000:]}")
+            print(f"FAILED, left out of the tables:\n{done.stderr[-2000:]}", flush=True)
 
-    for wave in waves:
+    for wave in todo:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, wave))
 
 
 def results_of(out):
-    return json.loads((Path(out) / "eval.json").read_text(encoding="utf-8"))
+    """eval.json of a run, or None where it failed."""
+    path = Path(out) / "eval.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def judge(policy, ref, reward, seed):
-    """Score, gold and KL to `ref` of a policy that no script evaluated, as the scripts do it."""
-    import torch
-
-    import common
-    import rejection_sample
-
-    device = torch.device("cpu")
-    cfg = rejection_sample.Config(policy=str(policy), reward=str(reward), seed=seed, device="cpu")
-    tokenizer = common.load_tokenizer(policy)
-    model = common.load_policy(policy, device)
-    score, *_ = common.load_scorer(cfg, tokenizer, device, torch.float32)
-    found = common.evaluate(
-        model, model, common.load_policy(ref, device),
-        common.load_prompts(common.read_jsonl(DATA / "eval_prompts.jsonl"), tokenizer, 512),
-        tokenizer, common.stop_ids(model, tokenizer), score,
-        common.load_gold("", cfg.data, tokenizer), cfg,
-    )  # fmt: skip
-    good = (found["gold"] >= 0.5).float().mean().item()
-    return dict(gold_after=good, score_after=found["scores"].mean().item(), kl=found["kl"])
+def metrics_of(out, *keys):
+    """Columns of metrics.jsonl: (steps, keys)."""
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return np.array([[json.loads(line)[key] for key in keys] for line in lines])
 
 
 def stages(work, seed):
@@ -87,80 +118,475 @@ def stages(work, seed):
     )
 
 
-def table(title, columns, rows):
-    lines = [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+def start_of(work, seed):
+    """The flags of a run that starts from them."""
+    return dict(policy=work / f"{seed}/sft", reward=work / f"{seed}/reward", seed=seed)
+
+
+def table(columns, rows):
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows]) + "\n"
+
+
+def spread(values, style=".1f", scale=1):
+    """Median (least to greatest)."""
+    low, mid, high = (format(scale * x, style) for x in (min(values), median(values), max(values)))
+    return f"{mid} ({low} to {high})"
+
+
+def summary(found):
+    """Cells of some runs' results: gold, KL, collapses."""
+    found = [r for r in found if r]
+    collapsed = sum(r["gold_after"] < r["gold_before"] for r in found)
+    gold, kl = [r["gold_after"] for r in found], [r["kl"] for r in found]
+    return [spread(gold, scale=100), spread(kl, ".2f"), f"{collapsed} of {len(found)}"]
+
+
+def picture(name, columns=1):
+    figure, axes = plt.subplots(1, columns, figsize=(5.2 * columns, 3.6), squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.file = RESULTS / f"{name}.svg"
+    return figure, axes[0]
+
+
+def save(figure):
+    figure.tight_layout()
+    figure.savefig(figure.file, metadata=dict(Date=None))
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------
+# 1 and 2: objectives, rates, seeds
+
+OBJECTIVES = dict(pg="tab:red", clip="tab:blue", kl="tab:green")
+RATES = (1, 3, 10, 30)  # times the default
+
+
+def objective_run(work, seed, objective, rate):
+    name = f"ppo_{objective}" + (f"_x{rate}" if rate > 1 else "")
+    name = "ppo" if name == "ppo_clip" else name
+    flags = {} if name == "ppo" else dict(objective=objective, lr=7e-4 * rate)
+    return command("ppo.py", work / f"{seed}/{name}", **start_of(work, seed), **flags)
+
+
+def plan_objectives(work, seeds):
+    waves = [[], [], [], []]
+    for seed in seeds:
+        for wave, commands in zip(waves, stages(work, seed)):
+            wave += commands
+        for rate in RATES if seed in seeds[:3] else RATES[:1]:
+            waves[2] += [objective_run(work, seed, o, rate) for o in OBJECTIVES]
+    return waves
+
+
+def report_objectives(work, seeds):
+    figure, (left, right) = picture("1_objectives", 2)
+    rows = []
+    for objective, colour in OBJECTIVES.items():
+        outs = [out_of(objective_run(work, seed, objective, 1)) for seed in seeds]
+        curves = np.array([metrics_of(out, "gold")[:, 0] for out in outs]) * 100  # (seeds, steps)
+        steps = np.arange(1, curves.shape[1] + 1)
+        left.plot(steps, np.median(curves, 0), color=colour, label=objective)
+        left.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, lw=0)
+        middle = []
+        for rate in RATES:
+            own = seeds if rate == 1 else seeds[:3]
+            found = [results_of(out_of(objective_run(work, s, objective, rate))) for s in own]
+            rows.append([objective, f"{rate} x", *summary(found)])
+            golds = [100 * r["gold_after"] for r in found if r]
+            middle.append(median(golds))
+            right.scatter([rate] * len(golds), golds, color=colour, s=14)
+        right.plot(RATES, middle, color=colour, label=objective)
+    left.set(xlabel="PPO step, 128 episodes each", ylabel="good answers while training, %")
+    left.set_title(f"median and range of {len(seeds)} seeds", fontsize=10)
+    before = [results_of(work / f"{seed}/ppo")["gold_before"] for seed in seeds[:3]]
+    right.axhline(100 * median(before), color="grey", ls=":", label="SFT model")
+    right.set(xscale="log", xlabel="times the default rate", ylabel="good answers at the end, %")
+    right.set_title("median and runs of 3 seeds", fontsize=10)
+    left.legend(), right.legend()
+    save(figure)
+    columns = ["objective", "rate", "gold, %: median (range)", "KL, nats", "collapsed"]
+    return f"## Policy gradient, clip and kl, seeds {seeds[0]} to {seeds[-1]}\n\n" + table(
+        columns, rows
+    )
+
+
+def plan_seeds(work, seeds):
+    waves = plan_objectives(work, seeds)
+    waves[2] = [objective_run(work, seed, "clip", 1) for seed in seeds]
+    return waves
+
+
+def report_seeds(work, seeds):
+    rows = []
+    for seed in seeds:
+        reward, ppo = results_of(work / f"{seed}/reward"), results_of(work / f"{seed}/ppo")
+        shares = [ppo[f"gold_after_{kind}"] for kind in ("helpful", "honest", "harmless")]
+        shares = [f"{100 * x:.1f}" for x in (ppo["gold_before"], ppo["gold_after"], *shares)]
+        rows.append([seed, f"{100 * reward['accuracy']:.1f}", *shares, f"{ppo['kl']:.2f}"])
+    columns = ["seed", "reward model, %", "before, %", "**after, %**", "helpful", "honest"]
+    return "## clip at its defaults\n\n" + table(columns + ["harmless", "KL, nats"], rows)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3: reward against KL, and too much of it
+
+KL_COEFS = (0.1, 0.2, 0.8, 1.6)  # beside the default 0.4
+HUMAN = DATA / "pairs.jsonl"
+PREFERENCE = dict(  # folder: what it is, flags
+    direct=("DPO on 12,000 human pairs (direct)", dict(pairs=HUMAN, epochs=1)),
+    direct_1920=("DPO on 1,920 of them", dict(pairs=HUMAN, epochs=1, steps=60)),
+    best_of_8=("DPO on the best against the worst of 8", dict(n=8)),
+    sample_rank=(
+        "DPO on any 8 of 64 answers, ranked (sample-rank)", dict(method="rso", rso_beta=1e9)
+    ),
+    rso_2=("DPO on 8 of 64 by RSO, rso_beta 2", dict(method="rso", rso_beta=2)),
+    rso_half=("DPO on 8 of 64 by RSO, rso_beta 0.5", dict(method="rso", rso_beta=0.5)),
+)  # fmt: skip
+FEW = 512  # pairs that the weak reward model sees
+
+
+def few_pairs(work, seed):
+    """A file of the seed's own few pairs."""
+    path = work / f"{seed}/few_pairs.jsonl"
+    lines = HUMAN.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines[FEW * seed : FEW * (seed + 1)]), encoding="utf-8")
+    return path
+
+
+def plan_frontier(work, seeds):
+    waves = [[], [], [], []]
+    for seed in seeds:
+        sft, weak = work / f"{seed}/sft", work / f"{seed}/reward_weak"
+        for wave, commands in zip(waves, stages(work, seed)):
+            wave += commands
+        waves[1].append(command(
+            "reward.py", weak, model=sft, data=few_pairs(work, seed), epochs=4, seed=seed,
+            eval_data=DATA / "eval_pairs.jsonl",
+        ))  # fmt: skip
+        shared = start_of(work, seed)
+        waves[2].append(objective_run(work, seed, "clip", 1))
+        for kl_coef in KL_COEFS:
+            out = work / f"{seed}/ppo_kl_{kl_coef}"
+            waves[2].append(command("ppo.py", out, **shared, kl_coef=kl_coef))
+        for name, (_, flags) in PREFERENCE.items():
+            out = work / f"{seed}/{name}"
+            waves[2].append(command("rejection_sample.py", out, **shared, **flags))
+        waves[2].append(command(
+            "ppo.py", work / f"{seed}/ppo_weak", **shared | dict(reward=weak), kl_coef=0.0,
+            steps=100, lr_schedule="constant",
+        ))  # fmt: skip
+        waves[2].append(command(
+            "rejection_sample.py", work / f"{seed}/best_weak", **shared | dict(reward=weak),
+            n=64, loss="none",
+        ))  # fmt: skip
+        waves[3].append(command(
+            "sft.py", work / f"{seed}/sft_on_best", model=sft, seed=seed, lr=1e-3, warmup=5,
+            data=work / f"{seed}/best_of_8/sft.jsonl", eval_data=DATA / "eval_sft.jsonl", epochs=4,
+        ))  # fmt: skip
+    return waves
+
+
+def judge(work, seed, policy):
+    """Score, gold and KL of a policy that no script evaluated, as the scripts do it."""
+    done = policy / "judged.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    start, device = start_of(work, seed), torch.device("cpu")
+    cfg = rejection_sample.Config(reward=str(start["reward"]), seed=seed, device="cpu")
+    tokenizer = common.load_tokenizer(policy)
+    model = common.load_policy(policy, device)
+    score, *_ = common.load_scorer(cfg, tokenizer, device, torch.float32)
+    found = common.evaluate(
+        model, model, common.load_policy(start["policy"], device),
+        common.load_prompts(common.read_jsonl(DATA / "eval_prompts.jsonl"), tokenizer, 512),
+        tokenizer, common.stop_ids(model, tokenizer), score,
+        common.load_gold("", cfg.data, tokenizer), cfg,
+    )  # fmt: skip
+    good = (found["gold"] >= 0.5).float().mean().item()
+    results = dict(gold_after=good, score_after=found["scores"].mean().item(), kl=found["kl"])
+    done.write_text(json.dumps(results), encoding="utf-8")
+    return results
+
+
+def frontier_points(work, seeds):
+    """name -> one dict of gold_after, score_after, kl a seed."""
+    found = {}
+    for seed in seeds:
+        for point in results_of(work / f"{seed}/sample_rank")["best_of_n"]:
+            own = dict(gold_after=point["gold"], score_after=point["score"], kl=point["kl"])
+            found.setdefault(f"best of {point['n']} (KL: the bound)", []).append(own)
+        best = judge(work, seed, work / f"{seed}/sft_on_best")
+        found.setdefault("SFT on best of 8", []).append(best)
+        for name, (title, _) in PREFERENCE.items():
+            found.setdefault(title, []).append(results_of(work / f"{seed}/{name}"))
+        for kl_coef in sorted((*KL_COEFS, 0.4), reverse=True):
+            name = "ppo" if kl_coef == 0.4 else f"ppo_kl_{kl_coef}"
+            result = results_of(work / f"{seed}/{name}")
+            found.setdefault(f"PPO, kl_coef {kl_coef}", []).append(result)
+    return found
+
+
+def report_frontier(work, seeds):
+    found = frontier_points(work, seeds)
+    rows = []
+    for name, results in found.items():
+        gold = " / ".join(f"{100 * r['gold_after']:.1f}" for r in results)
+        score = " / ".join(f"{r['score_after']:.2f}" for r in results)
+        rows.append([name, gold, score, " / ".join(f"{r['kl']:.2f}" for r in results)])
+
+    figure, axes = picture("3_frontier", 2)
+    families = {
+        "best of N (KL: the bound)": ("best of", "tab:orange", "-"),
+        "PPO, by kl_coef": ("PPO", "tab:blue", "-"),
+        "SFT on best of 8": ("SFT", "tab:purple", ""),
+        "DPO on human pairs": ("DPO on 1", "tab:green", ""),
+        "DPO on sampled pairs": (("DPO on the", "DPO on any"), "tab:red", ""),
+        "DPO on RSO's pairs": ("DPO on 8", "tab:brown", ""),
+    }
+    for axis, key, scale in zip(axes, ("score_after", "gold_after"), (1, 100)):
+        for label, (start, colour, line) in families.items():
+            own = [results for name, results in found.items() if name.startswith(start)]
+            mean = [[np.mean([r[k] for r in results]) for k in ("kl", key)] for results in own]
+            x, y = np.array(mean).T
+            axis.plot(x, y * scale, line, marker="o", ms=4, color=colour, label=label)
+        axis.set(xlabel="KL to the SFT model, nats a response")
+    axes[0].set(ylabel="reward model's score")
+    axes[1].set(ylabel="good answers, %")
+    axes[1].legend(fontsize=8)
+    axes[0].set_title(f"means of {len(seeds)} seeds", fontsize=10)
+    save(figure)
+    columns = ["", "gold, %", "reward model's score", "KL to the SFT model, nats"]
+    text = f"## Reward against KL, seeds {' / '.join(map(str, seeds))}\n\n" + table(columns, rows)
+    return text + "\n" + report_over_optimisation(work, seeds)
+
+
+def fit(d, reward, shape):
+    """Least squares of Gao et al. (2022): R(d) = d (alpha - beta g(d)), g = log for RL and d for
+    best-of-N. Returns alpha, beta and the share of the variance explained.
+    """
+    columns = np.stack([d, -d * (np.log(d) if shape == "rl" else d)], 1)
+    (alpha, beta), *_ = np.linalg.lstsq(columns, reward, rcond=None)
+    rest = reward - columns @ (alpha, beta)
+    return alpha, beta, 1 - (rest**2).sum() / ((reward - reward.mean()) ** 2).sum()
+
+
+def report_over_optimisation(work, seeds):
+    figure, axes = picture("3_overoptimisation", 2)
+    rows = []
+    for axis, shape in zip(axes, ("rl", "best-of-N")):
+        right = axis.twinx()
+        points = []
+        for seed in seeds:
+            before = results_of(work / f"{seed}/ppo_weak")
+            if shape == "rl":
+                kl, gold, score = metrics_of(work / f"{seed}/ppo_weak", "kl", "gold", "score").T
+                gold, score = gold - before["gold_before"], score - before["score_before"]
+            else:
+                found = results_of(work / f"{seed}/best_weak")["best_of_n"]
+                kl, gold, score = np.array(
+                    [[p[k] for k in ("kl", "gold", "score")] for p in found]
+                ).T
+                gold, score = gold - gold[0], score - score[0]
+            d, gold, score = np.sqrt(kl[kl > 0]), gold[kl > 0], score[kl > 0]
+            points.append((d, gold, score))
+            axis.scatter(d, 100 * gold, s=8, color="tab:blue", alpha=0.6)
+            right.scatter(d, score, s=8, color="tab:orange", alpha=0.6)
+            peak = gold.argmax()
+            alpha, beta, explained = fit(d, gold, shape)
+            rows.append([
+                shape, seed, f"{score[-1]:+.2f}", f"{100 * gold[peak]:+.0f} at {d[peak]:.2f}",
+                f"{100 * gold[-1]:+.0f} at {d[-1]:.2f}", f"{alpha:.2f}", f"{beta:.2f}",
+                f"{explained:.2f}",
+            ])  # fmt: skip
+        d, gold, score = (np.concatenate(x) for x in zip(*points))
+        line = np.linspace(0.05, d.max(), 100)
+        for values, where, colour, scale in (
+            (gold, axis, "tab:blue", 100),
+            (score, right, "tab:orange", 1),
+        ):
+            alpha, beta, _ = fit(d, values, shape)
+            inner = np.log(line) if shape == "rl" else line
+            where.plot(line, scale * line * (alpha - beta * inner), color=colour)
+        axis.set(xlabel="d = sqrt(KL)", ylabel="gain in good answers, points")
+        right.set_ylabel("gain in the weak reward model's score")
+        title = "PPO without a KL penalty" if shape == "rl" else "best of N"
+        axis.set_title(f"{title}: gold (blue), proxy (orange)", fontsize=10)
+        right.spines["top"].set_visible(False)
+    save(figure)
+    accuracy = [100 * results_of(work / f"{seed}/reward_weak")["accuracy"] for seed in seeds]
+    columns = ["", "seed", "proxy at the end", "gold's peak, points", "gold at the end", "alpha"]
+    return (
+        f"## Over-optimisation of a reward model of {FEW} pairs\n\n"
+        f"Its held-out accuracy: {spread(accuracy)}%. The fit is of gold.\n\n"
+        + table(columns + ["beta", "R squared"], rows)
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# 4: what each ingredient is worth
+
+LEFT_OUT = dict(  # folder: what it is, flags; a patch edits a line of ppo.py
+    ppo=("all of them (the defaults)", {}),
+    value_zero=("value model from the policy, zero head", dict(
+        patch="load = ppo.load_value; ppo.load_value = lambda cfg, device, tokenizer, *_: "
+        "load(cfg, device, tokenizer, None, None)"
+    )),
+    no_whitening=("no whitening", dict(patch="ppo.whiten = lambda x, mask: x * mask")),
+    no_kl=("no KL penalty", dict(kl_coef=0.0)),
+    no_value_clip=("no value clipping", dict(cliprange_value=1e9)),
+    no_eos=("no missing-EOS penalty", dict(missing_eos_penalty=0.0)),
+    ptx=("with PPO-ptx, 0.5 (off by default)", dict(ptx_coef=0.5)),
+)  # fmt: skip
+
+
+def plan_ingredients(work, seeds):
+    waves = [[], [], [], []]
+    for seed in seeds:
+        for wave, commands in zip(waves, stages(work, seed)):
+            wave += commands
+        for name, (_, flags) in LEFT_OUT.items():
+            waves[2].append(
+                command("ppo.py", work / f"{seed}/{name}", **start_of(work, seed), **flags)
+            )
+    return waves
+
+
+def report_ingredients(work, seeds):
+    rows = []
+    for name, (title, _) in LEFT_OUT.items():
+        found = [results_of(work / f"{seed}/{name}") for seed in seeds]
+        own = [metrics_of(work / f"{seed}/{name}", "response_len")[-5:].mean() for seed in seeds]
+        gold, kl, collapsed = summary(found)
+        score = spread([r["score_after"] for r in found if r], ".2f")
+        rows.append([title, gold, score, kl, spread(own), collapsed])
+    columns = ["PPO with", "gold, %: median (range)", "reward model's score", "KL, nats"]
+    columns += ["tokens a response", "collapsed"]
+    return f"## Each ingredient, seeds {seeds[0]} to {seeds[-1]}\n\n" + table(columns, rows)
+
+
+# ----------------------------------------------------------------------------------------------
+# 5: reward models from the same number of judgements
+
+# Judgements a step: a score or a comparison is one, and to rank 4 answers takes 5 comparisons.
+REWARD_LOSSES = dict(pointwise=(32, 1), pairwise=(32, 1), listwise=(6, 5))
+REWARD_STEPS = (31, 125, 375)
+COLOURS = dict(pointwise="tab:purple", pairwise="tab:blue", listwise="tab:green")
+
+
+def reward_run(work, seed, loss, steps):
+    batch_size, _ = REWARD_LOSSES[loss]
+    return command(
+        "reward.py", work / f"{seed}/reward_{loss}_{steps}", seed=seed, model=work / f"{seed}/sft",
+        loss=loss, batch_size=batch_size, steps=steps, eval_data=DATA / "eval_pairs.jsonl",
+    )  # fmt: skip
+
+
+def plan_reward(work, seeds):
+    return [
+        [commands for seed in seeds for commands in stages(work, seed)[0]],
+        [
+            reward_run(work, s, loss, n)
+            for s in seeds
+            for loss in REWARD_LOSSES
+            for n in REWARD_STEPS
+        ],
+        [],
+        [],
+    ]
+
+
+def calibration(folder, loss, pairs):
+    """(predicted probability that the first answer is preferred, whether it was) of each pair."""
+    device = torch.device("cpu")
+    tokenizer, model = common.load_tokenizer(folder), common.load_reward(folder, device)
+    score = common.model_scorer(model, tokenizer, tokenizer, 512)
+    texts = [[p["prompt"]] * 2 for p in pairs]
+    answers = [sorted([p["chosen"], p["rejected"]]) for p in pairs]  # an order that tells nothing
+    prompts = [common.encode_prompt(tokenizer, p) for both in texts for p in both]
+    ids = [common.encode_response(tokenizer, "", a) for both in answers for a in both]
+    scores = score(sum(texts, []), prompts, ids).view(-1, 2)
+    # A pointwise model speaks in units of gold; the annotator's own noise makes log-odds of them.
+    log_odds = (scores[:, 0] - scores[:, 1]) / (hhh.TAU if loss == "pointwise" else 1)
+    first = [float(p["chosen"] == both[0]) for p, both in zip(pairs, answers)]
+    return torch.sigmoid(log_odds).numpy(), np.array(first)
+
+
+def report_reward(work, seeds):
+    rng = random.Random("calibration")
+    questions = [q for q in hhh.QUESTIONS if q.split == "eval"]
+    pairs = [hhh.pair(rng, rng.choice(questions)) for _ in range(2000)]
+    pairs = [p for p in pairs if p["chosen"].strip() and p["rejected"].strip()]
+    figure, (left, right) = picture("5_reward_models", 2)
+    rows = []
+    for loss, (batch_size, each) in REWARD_LOSSES.items():
+        middle = []
+        for steps in REWARD_STEPS:
+            found = [results_of(out_of(reward_run(work, s, loss, steps))) for s in seeds]
+            accuracy = [100 * r["accuracy"] for r in found if r]
+            middle.append(median(accuracy))
+            judgements = steps * batch_size * each
+            rows.append([loss, f"{judgements:,}", f"{steps * batch_size:,}", spread(accuracy)])
+            left.scatter([judgements] * len(accuracy), accuracy, s=12, color=COLOURS[loss])
+        x = [steps * batch_size * each for steps in REWARD_STEPS]
+        left.plot(x, middle, color=COLOURS[loss], label=loss)
+        both = [calibration(out_of(reward_run(work, s, loss, steps)), loss, pairs) for s in seeds]
+        predicted, seen = (np.concatenate(x) for x in zip(*both))
+        bins = np.clip((predicted * 10).astype(int), 0, 9)
+        means = np.array([[predicted[bins == b].mean(), seen[bins == b].mean()] for b in range(10)])
+        weights = np.bincount(bins, minlength=10) / len(bins)
+        error = (weights * abs(means[:, 0] - means[:, 1])).sum()
+        rows[-1].append(f"{100 * error:.1f}")
+        right.plot(*means.T, marker="o", ms=4, color=COLOURS[loss], label=loss)
+    for row in rows:
+        row += [""] * (5 - len(row))
+    left.set(xscale="log", xlabel="human judgements", ylabel="held-out pairs in order, %")
+    left.set_title(f"median and runs of {len(seeds)} seeds", fontsize=10)
+    right.plot([0, 1], [0, 1], color="grey", ls=":")
+    right.set(xlabel="predicted preference", ylabel="observed share")
+    right.set_title("calibration on the annotator's held-out choices", fontsize=10)
+    left.legend(), right.legend()
+    save(figure)
+    columns = ["loss", "judgements", "lines of data", "accuracy, %: median (range)"]
+    columns.append("calibration error, points")
+    return f"## The three losses of the reward model, seeds {seeds[0]} to {seeds[-1]}\n\n" + table(
+        columns, rows
+    )
 
 
 # ----------------------------------------------------------------------------------------------
 
-
-def rejection(work, seeds):
-    human = DATA / "pairs.jsonl"
-    dpo = dict(  # folder: what it is, flags
-        direct=("DPO on 12,000 human pairs (direct)", dict(pairs=human, epochs=1)),
-        direct_1920=("DPO on 1,920 of them", dict(pairs=human, epochs=1, steps=60)),
-        best_of_8=("DPO on the best against the worst of 8", dict(n=8)),
-        sample_rank=(
-            "DPO on any 8 of 64 answers, ranked (sample-rank)", dict(method="rso", rso_beta=1e9)
-        ),
-        rso_2=("DPO on 8 of 64 by RSO, rso_beta 2", dict(method="rso", rso_beta=2)),
-        rso_half=("DPO on 8 of 64 by RSO, rso_beta 0.5", dict(method="rso", rso_beta=0.5)),
-    )  # fmt: skip
-    waves = [[], [], [], []]
-    for seed in seeds:
-        sft, reward = work / f"{seed}/sft", work / f"{seed}/reward"
-        shared = dict(policy=sft, reward=reward, seed=seed)
-        for wave, commands in zip(waves, stages(work, seed)):
-            wave += commands
-        waves[2].append(command("ppo.py", work / f"{seed}/ppo", **shared))
-        for name, (_, flags) in dpo.items():
-            out = work / f"{seed}/{name}"
-            waves[2].append(command("rejection_sample.py", out, **shared, **flags))
-        best = work / f"{seed}/best_of_8/sft.jsonl"
-        waves[3].append(command(
-            "sft.py", work / f"{seed}/sft_on_best", model=sft, data=best, seed=seed,
-            eval_data=DATA / "eval_sft.jsonl", lr=1e-3, warmup=5, epochs=4,
-        ))  # fmt: skip
-    run_all(waves)
-
-    found = {}  # what -> a result for each seed
-    for seed in seeds:
-        sft, reward = work / f"{seed}/sft", work / f"{seed}/reward"
-        for point in results_of(work / f"{seed}/sample_rank")["best_of_n"]:
-            own = dict(gold_after=point["gold"], score_after=point["score"], kl=point["kl"])
-            found.setdefault(f"best of {point['n']} (KL: the bound)", []).append(own)
-        own = judge(work / f"{seed}/sft_on_best", sft, reward, seed)
-        found.setdefault("SFT on best of 8", []).append(own)
-        for name, (title, _) in dpo.items():
-            found.setdefault(title, []).append(results_of(work / f"{seed}/{name}"))
-        found.setdefault("PPO", []).append(results_of(work / f"{seed}/ppo"))
-    rows = []
-    for name, results in found.items():
-        row = [name, " / ".join(f"{100 * r['gold_after']:.1f}" for r in results)]
-        row.append(" / ".join(f"{r['score_after']:.2f}" for r in results))
-        row.append(" / ".join(f"{r['kl']:.2f}" for r in results))
-        rows.append(row)
-    columns = ["", "gold, %", "reward model's score", "KL to the SFT model, nats"]
-    seeds = "/".join(map(str, seeds))
-    return table(f"Rejection sampling beside PPO, seeds {seeds}", columns, rows)
-
-
-PARTS = dict(rejection=rejection)
+PARTS = {  # name, plan, report, how many seeds
+    "1": ("objectives", plan_objectives, report_objectives, 10),
+    "2": ("seeds", plan_seeds, report_seeds, 10),
+    "3": ("frontier", plan_frontier, report_frontier, 3),
+    "4": ("ingredients", plan_ingredients, report_ingredients, 5),
+    "5": ("reward", plan_reward, report_reward, 5),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, default=10, help="at most so many")
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"))
     args = parser.parse_args()
-    for name in args.only.split(","):
-        text = PARTS[name](args.work, args.seeds)
+    work = args.work.resolve()
+    parts = {key: PARTS[key] for key in args.only.split(",")}
+    seeds = {key: list(range(min(args.seeds, n))) for key, (*_, n) in parts.items()}
+    waves = [[], [], [], []]
+    for key, (_, plan, _, _) in parts.items():
+        for wave, commands in zip(waves, plan(work, seeds[key])):
+            wave += commands
+    run_all(waves)
+    RESULTS.mkdir(exist_ok=True)
+    for key, (name, _, report, _) in parts.items():
+        text = report(work, seeds[key])
         print(text)
-        folder = ROOT / "tests/results"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        (RESULTS / f"{key}_{name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

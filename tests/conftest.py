@@ -219,8 +219,8 @@ def weights_of(out):
 
 
 def fork():
-    """os.fork with a lock for tqdm that is the child's own: processes share the usual one, and it is
-    held for good by a child killed inside it.
+    """os.fork with a lock for tqdm that is the child's own: processes share the usual one, and a
+    child killed inside it holds it for good.
     """
     tqdm.monitor_interval = 0
     if tqdm.monitor is not None:

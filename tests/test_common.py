@@ -1240,6 +1240,9 @@ class Settings:
     device: str = "cpu"
     keep: int = 1
     seed: int = 0
+    tensorboard: bool = False
+    wandb: bool = False
+    quiet: bool = False
 
 
 def train(out, steps, stop_after=None, how="crash", tokenizer=None, **flags):
