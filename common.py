@@ -37,10 +37,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -560,8 +562,9 @@ def architecture(model):
 
 
 def load_model(auto_class, path, device, dtype, **kwargs):
+    """A Hugging Face model, or a LoRA adapter merged into its base. Dropout 0, train() mode."""
     try:
-        model = auto_class.from_pretrained(path, dtype=dtype, **kwargs)
+        model = read_model(auto_class, path, dtype, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: no model to load ({str(error).splitlines()[0]})") from None
     # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a
@@ -573,6 +576,7 @@ def load_model(auto_class, path, device, dtype, **kwargs):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     model = model.to(device).train()
+    model.config.name_or_path = str(path)
     use_causal_attention(model)
     return model
 
@@ -695,6 +699,148 @@ def sequence_scores(model, batch):
     return logits.squeeze(-1).float() - getattr(model.config, "reward_mean", 0.0)
 
 
+# LoRA (Hu et al. 2021): the weights stay as they are, and each linear layer of the blocks learns an
+# update of low rank. So two models can share one backbone, each with an adapter of its own.
+
+
+class LoRALinear(torch.nn.Linear):
+    """x -> (W + scale B A) x, with W frozen, A (r, in) and B (out, r) in float32."""
+
+    def __init__(self, linear, rank, scale):
+        torch.nn.Module.__init__(self)
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        self.out_features, self.in_features = linear.weight.shape
+        zeros = partial(torch.zeros, device=linear.weight.device)
+        self.lora_A = torch.nn.Parameter(zeros(rank, self.in_features))
+        self.lora_B = torch.nn.Parameter(zeros(self.out_features, rank))
+
+    def forward(self, x):
+        y = super().forward(x)
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return y + (self.scale * update).to(y.dtype)
+
+    def merged(self):
+        return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
+
+def trained_dtype(cfg, device):
+    """float32, or where only adapters are trained the dtype of frozen models."""
+    return torch.bfloat16 if device.type == "cuda" and cfg.lora_rank else torch.float32
+
+
+def add_lora(model, cfg):
+    """With --lora_rank: freeze the model, but for a score head, and give every linear layer of its
+    blocks an adapter, in place.
+
+    A is from N(0, 1/r) and B is zero, so that the model is exactly what it was. Raises UserError
+    where there is no such layer.
+    """
+    if not cfg.lora_rank:
+        return
+    model.requires_grad_(False)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+    generator = make_generator("cpu", cfg.seed, "lora")
+    found = [
+        (block, name, linear)
+        for layer in blocks(model)
+        for block in layer.modules()
+        for name, linear in block.named_children()
+        if type(linear) is torch.nn.Linear
+    ]
+    if not found:
+        raise UserError(f"--lora_rank: {type(model).__name__} has no linear layers in its blocks")
+    for block, name, linear in found:
+        lora = LoRALinear(linear, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank)
+        shape = lora.lora_A.shape
+        lora.lora_A.data.copy_(torch.randn(shape, generator=generator) / cfg.lora_rank)
+        setattr(block, name, lora)
+    model.lora = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
+
+
+def share_weights(source, target):
+    """Let `target` hold the very tensors of `source`; a score head stays its own."""
+    weights = {k: v for k, v in source.state_dict().items() if not k.startswith("score.")}
+    target.load_state_dict(weights, strict=False, assign=True)
+    target.tie_weights()
+
+
+def save_model(model, folder, merge=False):
+    """A folder that transformers loads; of a model with LoRA the adapter alone, in PEFT's format,
+    unless it is to `merge`.
+    """
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        model.save_pretrained(folder)
+        return
+    if merge:
+        weights = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
+        weights |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    score = hasattr(model, "score")
+    base = model.config.name_or_path
+    settings = dict(
+        peft_type="LORA", task_type="SEQ_CLS" if score else "CAUSAL_LM", inference_mode=True,
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
+        target_modules=sorted({name.rpartition(".")[2] for name in layers}), lora_dropout=0.0,
+        bias="none", modules_to_save=["score"] if score else None, **model.lora,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        f"base_model.model.{name}" + (".weight" if ".lora_" in name else ""): weight.contiguous()
+        for name, weight in model.state_dict().items()
+        if ".lora_" in name or name.startswith("score.")
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
+    write_json(folder / "adapter_config.json", settings)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)  # it holds a reward model's stored mean
+
+
+def load_weights(model, folder):
+    """What `save_model` wrote of this very model, in place."""
+    if not hasattr(model, "lora"):
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        return
+    model.load_state_dict(adapter_weights(folder), strict=False)
+
+
+def adapter_weights(folder):
+    """name -> tensor of an adapter, named as in LoRALinear."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    names = {name: name.removeprefix("base_model.model.") for name in weights}
+    return {
+        names[k].removesuffix(".weight") if ".lora_" in k else names[k]: v
+        for k, v in weights.items()
+    }
+
+
+@torch.no_grad()
+def read_model(auto_class, path, dtype, **kwargs):
+    """from_pretrained; for an adapter's folder, its base model with the adapter merged into it."""
+    folder = Path(path)
+    if not (folder / "adapter_config.json").exists():
+        return auto_class.from_pretrained(path, dtype=dtype, **kwargs)
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if settings["task_type"] == "SEQ_CLS" and auto_class is AutoModelForCausalLM:
+        raise UserError(f"{path}: a reward model where a causal language model is needed")
+    if "config" not in kwargs and (folder / "config.json").exists():
+        kwargs = dict(config=AutoConfig.from_pretrained(folder, **kwargs))
+    model = read_model(auto_class, settings["base_model_name_or_path"], torch.float32, **kwargs)
+    weights = adapter_weights(folder)
+    scale = settings["lora_alpha"] / settings["r"]
+    for name, B in weights.items():
+        if name.endswith(".lora_B"):
+            layer = model.get_submodule(name.removesuffix(".lora_B"))
+            layer.weight += scale * B @ weights[name.replace(".lora_B", ".lora_A")]
+    model.load_state_dict({k: v for k, v in weights.items() if ".lora_" not in k}, strict=False)
+    for parameter in model.parameters():  # .to(dtype) would round the rotary frequencies, too
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def micro_tokens(cfg, device):
     """Padded tokens a forward may hold. The CPU gains nothing from large batches and loses by
     their padding.
@@ -717,12 +863,15 @@ def compile_layers(model, mode):
         # run eagerly, several times slower, with one line of warning: rather stop.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        layers = max(
-            (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]
-        )
-        for layer in layers:
+        for layer in blocks(model):
             layer.compile(dynamic=True)
         model.layers_compiled = True
+
+
+def blocks(model):
+    """The transformer layers: the longest list of modules."""
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    return max(lists, key=len, default=[])
 
 
 def is_compiled(model):
@@ -1459,8 +1608,7 @@ class Run:
         tensors = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         for name, thing in self.tracked.items():
             if hasattr(thing, "save_pretrained"):
-                saved = type(thing).from_pretrained(folder / name, dtype=thing.dtype)
-                thing.load_state_dict(saved.state_dict())
+                load_weights(thing, folder / name)
             elif isinstance(thing, dict):
                 thing.update(state[name])
             else:
@@ -1486,7 +1634,7 @@ class Run:
         state, tensors = dict(step=step, metrics_bytes=self.metrics.tell()), {}
         for name, thing in self.tracked.items():
             if hasattr(thing, "save_pretrained"):
-                thing.save_pretrained(temporary / name)
+                save_model(thing, temporary / name)
             elif isinstance(thing, dict):
                 state[name] = thing
             else:
@@ -1580,7 +1728,7 @@ class Run:
         if model is not None:
             temporary = self.out / "model.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary)
+            save_model(model, temporary, self.cfg.merge)
             tokenizer.save_pretrained(temporary)
             for path in temporary.iterdir():
                 os.replace(path, self.out / path.name)
@@ -1729,8 +1877,8 @@ PEAK_TFLOPS = dict(A100=312, H100=989, H200=989)  # bfloat16, dense, by the make
 
 def training_flops(models, tokens, head_tokens):
     """Floating-point operations of a forward and a backward of `models`: 6 for each token and
-    weight of the layers, 6 for each response token and weight of an LM head. Attention's products
-    of tokens with tokens are left out.
+    weight of the layers, 6 for each response token and weight of an LM head; 4 where the weight is
+    frozen under LoRA. Attention's products of tokens with tokens are left out.
     """
     flops = 0
     for model in models:
@@ -1738,7 +1886,8 @@ def training_flops(models, tokens, head_tokens):
         head = 0 if head is None else head.weight.numel()
         tied = model.config.get_text_config().tie_word_embeddings
         layers = model.num_parameters() - embedding.numel() - (0 if tied else head)
-        flops += 6 * (tokens * layers + head_tokens * head)
+        each = 4 if hasattr(model, "lora") else 6
+        flops += each * (tokens * layers + head_tokens * head)
     return flops
 
 
@@ -1763,10 +1912,11 @@ def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_toke
     the activations of a micro-batch are a rule of thumb, 34 bytes for each token, layer and hidden
     unit (Korthikanti et al. 2022, without the attention matrices), 2 with checkpointing.
     """
-    size = lambda model: sum(p.numel() * p.element_size() for p in model.parameters())  # noqa: E731
-    parts = dict(weights=sum(size(model) for model in [*trained, *frozen]))
-    parts["gradients"] = max((size(model) for model in trained), default=0)
-    parts["Adam"] = 2 * sum(size(model) for model in trained)
+    weights = {p.data_ptr(): p.nbytes for m in [*trained, *frozen] for p in m.parameters()}
+    learned = [sum(p.nbytes for p in m.parameters() if p.requires_grad) for m in trained]
+    parts = dict(weights=sum(weights.values()))  # shared ones count once
+    parts["gradients"] = max(learned, default=0)
+    parts["Adam"] = 2 * sum(learned)
     if sampler is not None:
         config = sampler.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -1794,12 +1944,20 @@ def peak_memory_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
+FLAG_BOUNDS = dict(  # of the flags that every stage has
+    batch_size=(0, None), lr=(0, None), warmup=(-1, None), max_grad_norm=(0, None),
+    micro_tokens=(-1, None), save_every=(-1, None), keep=(0, None), lora_rank=(-1, None),
+    lora_alpha=(0, None),
+)  # fmt: skip
+
+
 def require(cfg, **bounds):
-    """Check flags: require(cfg, lr=(0, None)) wants a value over 0 with no upper end.
+    """Check flags, those of FLAG_BOUNDS too: require(cfg, steps=(0, None)) wants a value over 0
+    with no upper end.
 
     A negative lower end means that 0 itself is fine. Raises UserError.
     """
-    for name, (low, high) in bounds.items():
+    for name, (low, high) in (FLAG_BOUNDS | bounds).items():
         value = getattr(cfg, name)
         if not value > low or (high is not None and value > high):
             limit = f"over {low}" if low >= 0 else "at least 0"

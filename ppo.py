@@ -85,6 +85,10 @@ class Config:
     ptx_data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="for PPO-ptx")
     micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    # LoRA
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
+    lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
+    merge: bool = HfArg(default=False, help="save with the adapter merged, not the adapter alone")
     # the run
     out: str = HfArg(default="out/ppo", help="folder of the run")
     resume: bool = HfArg(default=False, help="continue the run in --out")
@@ -182,14 +186,13 @@ def adapt_beta(beta, kl, target):
 
 def check(cfg):
     common.require(
-        cfg, steps=(0, None), batch_size=(0, None), max_new_tokens=(0, None),
-        max_prompt_tokens=(0, None), temperature=(0, None), slots=(0, None), ppo_epochs=(0, None),
-        minibatches=(0, cfg.batch_size), lr=(0, None), value_lr=(0, None), warmup=(-1, None),
-        gamma=(0, 1), lam=(-1e-9, 1), cliprange=(0, 1), cliprange_value=(0, None),
-        missing_eos_penalty=(-1e-9, None), kl_coef=(-1e-9, None), kl_target=(-1e-9, None),
-        kl_horizon=(0, None), beta=(0, None), beta_target=(0, None), stop_kl=(-1e-9, None),
-        ptx_coef=(-1e-9, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
-        save_every=(-1, None), keep=(0, None), sample_every=(-1, None), trace=(-1, None),
+        cfg, steps=(0, None), max_new_tokens=(0, None), max_prompt_tokens=(0, None),
+        temperature=(0, None), slots=(0, None), ppo_epochs=(0, None),
+        minibatches=(0, cfg.batch_size), value_lr=(0, None), gamma=(0, 1), lam=(-1e-9, 1),
+        cliprange=(0, 1), cliprange_value=(0, None), missing_eos_penalty=(-1e-9, None),
+        kl_coef=(-1e-9, None), kl_target=(-1e-9, None), kl_horizon=(0, None), beta=(0, None),
+        beta_target=(0, None), stop_kl=(-1e-9, None), ptx_coef=(-1e-9, None),
+        sample_every=(-1, None), trace=(-1, None),
     )  # fmt: skip
     if cfg.batch_size % cfg.minibatches:
         raise common.UserError(
@@ -197,10 +200,10 @@ def check(cfg):
         )
 
 
-def load_value(cfg, device, tokenizer, reward, reward_tokenizer):
+def load_value(cfg, device, dtype, tokenizer, reward, reward_tokenizer):
     """From --value; else the reward model if it scores the policy's tokens; else the policy."""
     if cfg.value:
-        value = common.load_reward(cfg.value, device)
+        value = common.load_reward(cfg.value, device, dtype)
         if not value.scores_tokens:
             raise common.UserError(
                 f"--value {cfg.value}: not a causal model, so it has no value for each token"
@@ -208,12 +211,15 @@ def load_value(cfg, device, tokenizer, reward, reward_tokenizer):
         return value
     if reward is not None and reward.scores_tokens:
         if reward_tokenizer.get_vocab() == tokenizer.get_vocab():
-            return common.load_reward(cfg.reward, device)
+            value = common.load_reward(cfg.reward, device, dtype)
+            if cfg.lora_rank:
+                common.share_weights(reward, value)
+            return value
     print("the value model starts from the policy with a zero head")
     value = common.load_model(
-        AutoModelForSequenceClassification, cfg.policy, device, torch.float32, num_labels=1
+        AutoModelForSequenceClassification, cfg.policy, device, dtype, num_labels=1
     )
-    value.score.weight.data.zero_()
+    value.score.float().weight.data.zero_()
     return value
 
 
@@ -387,10 +393,14 @@ def main(cfg):
     # policy that samples, is bfloat16 on a GPU.
     frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = common.load_tokenizer(cfg.policy)
-    policy = common.load_policy(cfg.policy, device)
+    policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device))
     ref = common.load_policy(cfg.ref or cfg.policy, device, frozen).requires_grad_(False)
     score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen)
-    value = load_value(cfg, device, tokenizer, reward, reward_tokenizer)
+    value = load_value(cfg, device, policy.dtype, tokenizer, reward, reward_tokenizer)
+    if cfg.lora_rank and not cfg.ref:  # the reference is the policy without its adapter
+        common.share_weights(ref, policy)
+    common.add_lora(policy, cfg)
+    common.add_lora(value, cfg)
     pi_old = policy  # samples before it is updated; a copy only where the dtype differs
     if frozen != policy.dtype:
         pi_old = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)

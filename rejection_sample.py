@@ -83,6 +83,10 @@ class Config:
     max_length: int = HfArg(default=1024, help="tokens; longer --pairs are left out")
     micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    # LoRA
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
+    lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
+    merge: bool = HfArg(default=False, help="save with the adapter merged, not the adapter alone")
     # the run
     out: str = HfArg(default="out/rejection_sample", help="folder of the run")
     resume: bool = HfArg(default=False, help="continue the run in --out")
@@ -462,9 +466,7 @@ def check(cfg):
         cfg, max_prompt_tokens=(0, None), n=(0, None), max_new_tokens=(0, None),
         temperature=(0, None), slots=(0, None), missing_eos_penalty=(-1e-9, None),
         rso_beta=(0, None), num_samples=(1, None), beta=(0, None), epochs=(0, None),
-        steps=(-1, None), batch_size=(0, None), lr=(0, None), warmup=(-1, None),
-        max_grad_norm=(0, None), max_length=(1, None), micro_tokens=(-1, None),
-        save_every=(-1, None), keep=(0, None),
+        steps=(-1, None), max_length=(1, None),
     )  # fmt: skip
     if cfg.method == "rso" and cfg.num_samples >= cfg.n and not (cfg.pairs or cfg.prompt):
         raise common.UserError(
@@ -511,7 +513,10 @@ def main(cfg):
         prompts = common.load_prompts(rows, tokenizer, room)
     tracked, ref_logprobs = {}, {}
     if cfg.loss != "none":
-        policy = common.load_policy(cfg.policy, device)
+        policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device))
+        if cfg.lora_rank:  # the reference is the policy without its adapter
+            common.share_weights(ref, policy)
+        common.add_lora(policy, cfg)
         if cfg.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
         common.compile_layers(policy, cfg.compile)

@@ -50,6 +50,10 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
     micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    # LoRA
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
+    lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
+    merge: bool = HfArg(default=False, help="save with the adapter merged, not the adapter alone")
     # the run
     out: str = HfArg(default="out/reward", help="folder of the run")
     resume: bool = HfArg(default=False, help="continue the run in --out")
@@ -235,7 +239,7 @@ def wilson_interval(p, n, z=1.96):
     return centre - half, centre + half
 
 
-def new_reward_model(path, tokenizer, device, seed):
+def new_reward_model(path, tokenizer, device, seed, dtype=torch.float32):
     """A causal LM's backbone with a fresh score head.
 
     The tokenizer gets a pad token that is not EOS: plain transformers pools at the last token that
@@ -252,14 +256,14 @@ def new_reward_model(path, tokenizer, device, seed):
             raise common.UserError(f"{path}: no special token but EOS, so none is left to pad with")
         tokenizer.pad_token = spare[0]
     model = common.load_model(
-        AutoModelForSequenceClassification, path, device, torch.float32, num_labels=1
+        AutoModelForSequenceClassification, path, device, dtype, num_labels=1
     )
     if not hasattr(model, "score"):
         raise common.UserError(
             f"{path}: {common.architecture(model)} is no causal language model to build on"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
-    hidden = model.score.weight.shape[1]
+    hidden = model.score.float().weight.shape[1]
     generator = common.make_generator("cpu", seed, "head")
     # N(0, 1 / (d + 1)), as in Ziegler et al. 2019: scores start near 0 whatever the width.
     model.score.weight.data.copy_(
@@ -285,11 +289,7 @@ def mean_of_best(model, judgements, micro_tokens):
 
 
 def check(cfg):
-    common.require(
-        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None),
-        warmup=(-1, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
-        max_length=(1, None), save_every=(-1, None), keep=(0, None),
-    )  # fmt: skip
+    common.require(cfg, epochs=(0, None), steps=(-1, None), max_length=(1, None))
 
 
 def main(cfg):
@@ -297,10 +297,12 @@ def main(cfg):
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
     tokenizer = common.load_tokenizer(cfg.model)
-    model = new_reward_model(cfg.model, tokenizer, device, cfg.seed)
+    dtype = common.trained_dtype(cfg, device)
+    model = new_reward_model(cfg.model, tokenizer, device, cfg.seed, dtype)
     longest = min(cfg.max_length, common.context_length(model))
     judgements, eval_judgements = load_judgements(cfg, tokenizer, longest)
 
+    common.add_lora(model, cfg)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     common.compile_layers(model, cfg.compile)

@@ -43,6 +43,10 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
     micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    # LoRA
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
+    lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
+    merge: bool = HfArg(default=False, help="save with the adapter merged, not the adapter alone")
     # the run
     out: str = HfArg(default="out/sft", help="folder of the run")
     resume: bool = HfArg(default=False, help="continue the run in --out")
@@ -59,11 +63,9 @@ class Config:
 
 
 def check(cfg):
-    common.require(
-        cfg, epochs=(0, None), steps=(-1, None), batch_size=(0, None), lr=(0, None),
-        warmup=(-1, None), max_grad_norm=(0, None), micro_tokens=(-1, None),
-        max_length=(1, None), save_every=(-1, None), keep=(0, None),
-    )  # fmt: skip
+    common.require(cfg, epochs=(0, None), steps=(-1, None), max_length=(1, None))
+    if cfg.lora_rank and not cfg.model:
+        raise common.UserError("--lora_rank: adapters need a --model that has learned something")
 
 
 def texts_of(rows):
@@ -154,7 +156,7 @@ def main(cfg):
 
     if cfg.model:
         tokenizer = common.load_tokenizer(cfg.model)
-        model = common.load_policy(cfg.model, device)
+        model = common.load_policy(cfg.model, device, common.trained_dtype(cfg, device))
     else:
         tokenizer = new_tokenizer(texts_of(train_rows))
         model = new_model(tokenizer, cfg.seed).to(device)
@@ -166,6 +168,7 @@ def main(cfg):
 
     examples, eval_examples = encode(train_rows), encode(eval_rows)
 
+    common.add_lora(model, cfg)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     common.compile_layers(model, cfg.compile)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
+import tqdm.auto
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,9 +222,10 @@ def fork():
     """os.fork with a lock for tqdm that is the child's own: processes share the usual one, and a
     child killed inside it holds it for good.
     """
-    tqdm.monitor_interval = 0
-    if tqdm.monitor is not None:
-        tqdm.monitor.exit()
-        tqdm.monitor = None
-    tqdm.set_lock(threading.RLock())
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # transformers uses the second
+        bar.monitor_interval = 0
+        if bar.monitor is not None:
+            bar.monitor.exit()
+            bar.monitor = None
+        bar.set_lock(threading.RLock())
     return os.fork()

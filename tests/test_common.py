@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import common
+import sft
 from common import UserError
 
 CPU = torch.device("cpu")
@@ -1243,6 +1244,7 @@ class Settings:
     tensorboard: bool = False
     wandb: bool = False
     quiet: bool = False
+    merge: bool = False
 
 
 def train(out, steps, stop_after=None, how="crash", tokenizer=None, **flags):
@@ -1367,12 +1369,12 @@ def test_a_finished_run_loads_has_no_checkpoints_and_is_refused_on_resume(tmp_pa
 
 
 def test_require_wants_values_over_the_first_bound_and_at_most_the_second():
-    cfg = Settings(out="x", lr=0.5)
+    cfg = sft.Config(lr=0.5)
     common.require(cfg, lr=(0, None))
     common.require(cfg, lr=(0, 0.5))
     for value, bounds in [(0.5, (0.5, None)), (0.5, (0, 0.4)), (float("nan"), (0, None))]:
         with pytest.raises(UserError, match="--lr"):
-            common.require(Settings(out="x", lr=value), lr=bounds)
+            common.require(sft.Config(lr=value), lr=bounds)
 
 
 def test_a_bfloat16_copy_keeps_its_rotary_frequencies(tiny_folder):
