@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
@@ -497,9 +498,15 @@ class UserError(Exception):
 
 
 def choose_device(name):
-    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
+    """`auto` is CUDA where there is one; under torchrun each process takes its own. Raises
+    UserError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -895,20 +902,66 @@ def make_adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
+# Several processes, started by torchrun, each hold all models and take a share of every batch. What
+# is small (answers, scores, (B, R) tensors) is gathered by all, so that the scripts read as for one
+# process; gradients are summed once an optimiser step. DistributedDataParallel wants each forward
+# to go through its wrapper, and as many on each process; ours enter a model by its base and its
+# head, and a process has as many micro-batches as its sequences need.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(rows):
+    """This process's part of a list; `gather` puts the parts together again."""
+    return rows[rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def gather(rows):
+    """The parts of all processes as one list, in the order that `share` took them from."""
+    if rows is None or not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    whole = [None] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        whole[i :: len(parts)] = part
+    return whole
+
+
+def max_of_all(number):
+    return max(gather([number]))
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(*tensors):
+    """Sum each tensor over the processes, in place."""
+    if dist.is_initialized():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
 def optimizer_step(model, optimizer, stats, batch_ids, cfg):
     """Clip the gradient on the whole minibatch, step, and drop it.
 
     Returns `stats`, scalars on the device, and the gradient's norm as floats: the one time in a
-    step that the host reads the device. When one is not finite, raises UserError before the weights
-    are touched; the token ids of the batch, batch_ids(), are in nonfinite.json.
+    step that the host reads the device. Gradients and stats are summed over the processes. When one
+    is not finite, raises UserError before the weights are touched; the token ids of the batch,
+    batch_ids(), are in nonfinite.json.
     """
+    all_sum(*(p.grad for p in model.parameters() if p.grad is not None), *stats.values())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
     stats = stats | dict(grad_norm=norm)
     stats = dict(zip(stats, torch.stack([x.detach() for x in stats.values()]).tolist()))
     bad = [name for name, value in stats.items() if not math.isfinite(value)]
     if bad:
-        path = Path(cfg.out) / "nonfinite.json"
-        write_json(path, dict(stats={k: str(v) for k, v in stats.items()}, ids=batch_ids()))
+        path, ids = Path(cfg.out) / "nonfinite.json", gather(batch_ids())
+        write_json(path, dict(stats={k: str(v) for k, v in stats.items()}, ids=ids))
         raise UserError(
             f"{', '.join(bad)} not finite; the weights were not touched, and the batch is in {path}"
             ": try a lower rate or a longer --warmup, and look for rewards out of all proportion"
@@ -930,10 +983,12 @@ def set_lr(optimizer, lr, step, steps, warmup, schedule):
     return lr
 
 
-def make_generator(device, *key):
+def make_generator(device, *key, shared=True):
     """A generator seeded by (seed, step, ...): randomness is a function of the step, so a
-    resumed run draws the same numbers.
+    resumed run draws the same numbers. Not `shared`, each process draws its own.
     """
+    if not shared and rank():
+        key = (*key, rank())
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
@@ -1295,7 +1350,7 @@ def micro_batches(lengths, max_tokens, rows=None):
         if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > max_tokens:
             parts.append([])
         parts[-1].append(row)
-    return parts
+    return [part for part in parts if part]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1336,6 +1391,11 @@ def load_gold(spec, data, tokenizer):
     if not spec and Path(data).resolve().parent == EMBEDDED:
         spec = f"{EMBEDDED / 'hhh.py'}:gold_score"
     return function_scorer(spec, tokenizer) if spec else None
+
+
+def score_all(score, prompts, prompt_ids, responses):
+    """The scores (B,), each process having done its share."""
+    return torch.tensor(gather(score(*map(share, (prompts, prompt_ids, responses))).tolist()))
 
 
 def function_scorer(spec, tokenizer):
@@ -1420,23 +1480,25 @@ def evaluate(policy, sampler, ref, prompts, tokenizer, eos, score, gold, cfg):
     themselves, and the mean KL to the reference, nats a response.
     """
     ids, texts = [p["ids"] for p in prompts], [p["prompt"] for p in prompts]
-    generator = make_generator(policy.device, cfg.seed, "evaluate")
-    responses = generate(
-        sampler, ids, cfg.max_new_tokens, eos, cfg.temperature, generator=generator, slots=cfg.slots
-    )
-    examples = [join(p, r) for p, r in zip(ids, responses)]
-    kl = 0.0
+    generator = make_generator(policy.device, cfg.seed, "evaluate", shared=False)
+    responses = gather(generate(
+        sampler, share(ids), cfg.max_new_tokens, eos, cfg.temperature, generator=generator,
+        slots=cfg.slots,
+    ))  # fmt: skip
+    examples = [join(p, r) for p, r in zip(share(ids), share(responses))]
+    kl = torch.zeros((), device=policy.device)
     for rows in micro_batches([len(x) for x, _ in examples], micro_tokens(cfg, policy.device)):
         batch = collate(examples, rows, policy.device)
         logprobs = response_logprobs(policy, batch, cfg.temperature)  # (b, R)
         ref_logprobs = response_logprobs(ref, batch, cfg.temperature)
-        kl += ((logprobs - ref_logprobs) * batch.mask).sum().item() / len(prompts)
+        kl += ((logprobs - ref_logprobs) * batch.mask).sum() / len(prompts)
+    all_sum(kl)
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
-        scores=score(texts, ids, responses) if score else None,
+        scores=score_all(score, texts, ids, responses) if score else None,
         gold=gold(texts, ids, responses) if gold else None,
         eos_rate=sum(r[-1] in eos for r in responses) / len(responses),
-        kl=kl,
+        kl=kl.item(),
     )
 
 
@@ -1501,7 +1563,11 @@ def write_samples(path, prompts, **answers):
 
 
 def write_text(path, text):
-    """Write atomically: whoever looks sees the old file or the new one, whole."""
+    """Write atomically: whoever looks sees the old file or the new one, whole. Of several
+    processes, the first one writes.
+    """
+    if rank():
+        return
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -1520,6 +1586,8 @@ def write_jsonl(path, rows):
 
 def append_jsonl(file, rows):
     """Add lines to an open binary file; they are on disk when this returns."""
+    if rank():
+        return
     for row in rows:
         file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     file.flush()
@@ -1541,7 +1609,7 @@ class Run:
     def __init__(self, cfg):
         """Raises UserError when the folder is taken and no flag says what to do; writes nothing."""
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.start, self.stop_signal = 0, None
+        self.start, self.stop_signal = 0, 0
         settings = asdict(cfg)
         for name in ("resume", "overwrite", "save_every", "keep", "device", *LOGGERS, "quiet"):
             settings.pop(name)
@@ -1549,6 +1617,10 @@ class Run:
         for name in (name for name in LOGGERS if getattr(cfg, name)):
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"--{name}: not installed here (pip install {name})")
+        if dist.is_initialized():
+            together = cfg.batch_size // getattr(cfg, "minibatches", 1)
+            if together < dist.get_world_size():
+                raise UserError(f"--batch_size: {together} sequences a step, but more processes")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: a file is in the way")
         replace = cfg.overwrite and (self.out / "run.json").exists()
@@ -1582,20 +1654,23 @@ class Run:
         by then.
         """
         self.tracked = objects
-        if self.cfg.overwrite and (self.out / "run.json").exists():
+        wait_for_all()  # until each has looked at the folder
+        if self.cfg.overwrite and (self.out / "run.json").exists() and rank() == 0:
             shutil.rmtree(self.out)
+        wait_for_all()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "run.json", self.settings)
+        wait_for_all()
         if self.checkpoints():
             self.load_checkpoint()
         else:
-            self.metrics = open(self.out / "metrics.jsonl", "wb")
+            self.metrics = open(self.out / "metrics.jsonl", "wb") if rank() == 0 else None
         self.tensorboard = self.wandb = None
-        if self.cfg.tensorboard:
+        if self.cfg.tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(self.out, purge_step=self.start + 1)
-        if self.cfg.wandb:
+        if self.cfg.wandb and rank() == 0:
             import wandb
 
             settings = dict(config=self.settings, dir=self.out)
@@ -1613,10 +1688,11 @@ class Run:
                 thing.update(state[name])
             else:
                 thing.load_state_dict(tensors[name])
-        self.start = state["step"]
-        self.metrics = open(self.out / "metrics.jsonl", "r+b")
-        self.metrics.truncate(state["metrics_bytes"])  # steps past the checkpoint are run again
-        self.metrics.seek(0, os.SEEK_END)
+        self.start, self.metrics = state["step"], None
+        if rank() == 0:
+            self.metrics = open(self.out / "metrics.jsonl", "r+b")
+            self.metrics.truncate(state["metrics_bytes"])  # later steps are run again
+            self.metrics.seek(0, os.SEEK_END)
         print(f"resumed {self.out} after step {self.start}")
 
     def checkpoints(self):
@@ -1628,6 +1704,8 @@ class Run:
         """Write checkpoint-STEP under a temporary name, rename it, and only then remove the ones
         that are older than --keep.
         """
+        if rank():
+            return
         folder, temporary = self.out / f"checkpoint-{step}", self.out / "checkpoint.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -1661,7 +1739,7 @@ class Run:
         first = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(
             total=total, initial=start, desc=self.name, dynamic_ncols=True,
-            disable=self.cfg.quiet or None,  # None: where there is no terminal
+            disable=self.cfg.quiet or rank() > 0 or None,  # None: where there is no terminal
         )  # fmt: skip
         try:
             for step in range(start + 1, total + 1):
@@ -1669,6 +1747,7 @@ class Run:
                 seed_all(self.cfg.seed, step)
                 yield step
                 self.bar.update()
+                self.stop_signal = max_of_all(self.stop_signal)  # all stop after the same step
                 due = self.cfg.save_every and step % self.cfg.save_every == 0 and step < total
                 if (due or self.stop_signal) and not own_record:
                     self.checkpoint(step)
@@ -1689,6 +1768,8 @@ class Run:
 
     def log(self, show, **metrics):
         """One line of metrics.jsonl; `show` names the few that the progress bar has room for."""
+        if rank():
+            return
         row = dict(step=self.step) | metrics
         row |= dict(seconds=time.perf_counter() - self.began, peak_memory_gib=peak_memory_gib())
         row = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()}
@@ -1725,6 +1806,8 @@ class Run:
         """Save the model, if any, and its tokenizer, then eval.json: a stage is finished when that
         is there.
         """
+        if rank():
+            return
         if model is not None:
             temporary = self.out / "model.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -1859,6 +1942,8 @@ def make_missing_stages(cfg):
     for script, folder, default, flags in stages:
         if folder != default or (Path(folder) / "eval.json").exists():
             continue
+        if dist.is_initialized():
+            raise UserError(f"{folder} is missing: make it first, by {script}")
         print(f"{folder} is missing: running {script}", flush=True)
         command = [sys.executable, str(Path(__file__).parent / script), "--out", folder]
         command += ["--seed", str(cfg.seed), "--device", cfg.device]
@@ -1894,6 +1979,7 @@ def training_flops(models, tokens, head_tokens):
 def utilisation(flops, seconds, device):
     """Model FLOP/s utilisation (MFU) against the peak it assumes; nothing where that is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    flops /= dist.get_world_size() if dist.is_initialized() else 1
     peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
     return dict(update_mfu=flops / seconds / peak / 1e12, peak_tflops=peak) if peak else {}
 
@@ -2006,8 +2092,11 @@ def command_line(config_class, main, doc):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with redirect_stdout(open(os.devnull, "w")) if cfg.quiet else nullcontext():
+        quiet = cfg.quiet or os.environ.get("RANK", "0") != "0"
+        with redirect_stdout(open(os.devnull, "w")) if quiet else nullcontext():
             main(cfg)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:  # outside the steps, where a first Ctrl-C saves
         print(f"{script}: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

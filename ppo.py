@@ -254,26 +254,25 @@ def cut_minibatches(examples, cfg, device, step):
     size = len(examples) // cfg.minibatches
     return [
         [common.collate(examples, rows, device) for rows in common.micro_batches(
-            lengths, common.micro_tokens(cfg, device), order[start : start + size]
+            lengths, common.micro_tokens(cfg, device), common.share(order[start : start + size])
         )]
         for start in range(0, len(examples), size)
     ]  # fmt: skip
 
 
 @torch.no_grad()
-def read_rollout(policy, ref, value, minibatches, temperature):
+def read_rollout(policy, ref, value, minibatches, responses, temperature):
     """Log-probs of the responses under pi_old and the reference, and V before each token."""
-    batches = [batch for minibatch in minibatches for batch in minibatch]
-    B = sum(len(batch.rows) for batch in batches)
-    R = max(batch.mask.shape[1] for batch in batches)
+    B, R = len(responses), max(map(len, responses))
     rollout = Rollout(*(torch.zeros(B, R, device=policy.device) for _ in range(5)))
-    for batch in batches:
+    for batch in [batch for minibatch in minibatches for batch in minibatch]:
         logprobs, entropy = common.response_logprobs(policy, batch, temperature, entropy=True)
         batch.paste(rollout.mask, batch.mask)
         batch.paste(rollout.logprobs, logprobs)
         batch.paste(rollout.entropy, entropy)
         batch.paste(rollout.ref_logprobs, common.response_logprobs(ref, batch, temperature))
         batch.paste(rollout.values, common.response_values(value, batch))
+    common.all_sum(*(x for x in vars(rollout).values() if x is not None))  # each read its share
     return rollout
 
 
@@ -285,6 +284,7 @@ def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg)
     """
     totals = {}
     tokens = sum(batch.mask.sum() for batch in minibatch)
+    common.all_sum(tokens)
     for batch in minibatch:
         logprobs = common.response_logprobs(policy, batch, cfg.temperature)  # (b, R)
         loss, stats = policy_loss(
@@ -294,7 +294,8 @@ def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg)
         share = batch.mask.sum() / tokens
         (loss * share).backward()
         add_stats(totals, share, stats | dict(pg_loss=loss.detach()))
-    ptx_tokens = sum(batch.mask.sum() for batch in ptx_batches)
+    ptx_tokens = sum((batch.mask.sum() for batch in ptx_batches), torch.zeros_like(tokens))
+    common.all_sum(ptx_tokens)
     for batch in ptx_batches:  # PPO-ptx (InstructGPT, eq. 2): the SFT loss keeps what was learned
         loss = -masked_mean(common.response_logprobs(policy, batch), batch.mask)
         share = batch.mask.sum() / ptx_tokens
@@ -307,6 +308,7 @@ def update_value(value, optimizer, minibatch, rollout, cfg):
     """One optimiser step of the value model towards the returns; returns its statistics."""
     totals = {}
     tokens = sum(batch.mask.sum() for batch in minibatch)
+    common.all_sum(tokens)
     for batch in minibatch:
         values = common.response_values(value, batch)  # (b, R)
         loss, clipfrac = value_loss(
@@ -338,7 +340,7 @@ def ptx_batches(demonstrations, number, cfg, device):
     size = cfg.batch_size // cfg.minibatches
     rows = common.epoch_batch(len(demonstrations), size, number, cfg.seed)
     lengths = [len(ids) for ids, _ in demonstrations]
-    parts = common.micro_batches(lengths, common.micro_tokens(cfg, device), rows)
+    parts = common.micro_batches(lengths, common.micro_tokens(cfg, device), common.share(rows))
     return [common.collate(demonstrations, part, device) for part in parts]
 
 
@@ -454,21 +456,22 @@ def main(cfg):
         start = common.clock(device)
         queries = [prompts[i] for i in common.epoch_batch(len(prompts), B, step, cfg.seed)]
         texts, query_ids = [q["prompt"] for q in queries], [q["ids"] for q in queries]
-        generator = common.make_generator(device, cfg.seed, step, "rollout")
-        responses, sampler_logprobs = common.generate(
-            pi_old, query_ids, cfg.max_new_tokens, eos, cfg.temperature,
+        generator = common.make_generator(device, cfg.seed, step, "rollout", shared=False)
+        own = common.generate(
+            pi_old, common.share(query_ids), cfg.max_new_tokens, eos, cfg.temperature,
             generator=generator, slots=cfg.slots, logprobs=True,
         )  # fmt: skip
+        responses, sampler_logprobs = map(common.gather, own)
         sampled = common.clock(device)
 
         # 2. Score: the reward model reads each whole answer; one cut at the limit pays for that,
         # and every token pays for leaving the reference.
-        scores = score(texts, query_ids, responses)  # (B,)
+        scores = common.score_all(score, texts, query_ids, responses)  # (B,)
         ended = torch.tensor([float(response[-1] in eos) for response in responses])  # (B,)
         penalised = scores - cfg.missing_eos_penalty * (1 - ended)
         examples = [common.join(query, response) for query, response in zip(query_ids, responses)]
         minibatches = cut_minibatches(examples, cfg, device, step)
-        rollout = read_rollout(policy, ref, value, minibatches, cfg.temperature)
+        rollout = read_rollout(policy, ref, value, minibatches, responses, cfg.temperature)
         rollout.rewards = token_rewards(
             penalised.to(device), rollout.logprobs, rollout.ref_logprobs, rollout.mask,
             coefs["kl_coef"],

@@ -30,6 +30,7 @@ Where this departs from the papers:
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -221,12 +222,15 @@ def sample_candidates(run, name, policy, score, prompts, eos, cfg):
     # A part that was not written to its end is sampled again, from the same seed.
     done = len(lines) if len(lines) == len(prompts) else len(lines) // part * part
     candidates = candidates[:done]
-    with open(path, "ab") as file:
-        file.truncate(sum(map(len, lines[:done])))
+    common.wait_for_all()  # until each has read it
+    with open(os.devnull if common.rank() else path, "ab") as file:
+        if common.rank() == 0:
+            file.truncate(sum(map(len, lines[:done])))
         for step in run.steps(math.ceil(len(prompts) / part), math.ceil(done / part), name):
             own = prompts[(step - 1) * part : step * part]
-            generator = common.make_generator(policy.device, cfg.seed, name, step)
-            new = sample_and_score(policy, score, own, eos, generator, cfg)
+            generator = common.make_generator(policy.device, cfg.seed, name, step, shared=False)
+            new = sample_and_score(policy, score, common.share(own), eos, generator, cfg)
+            new = common.gather(new)
             common.append_jsonl(file, new)
             candidates += new
             run.show(score=np.mean([candidate["scores"] for candidate in new]))
@@ -335,17 +339,18 @@ def micro_batches(pairs, rows, cfg, device):
 def all_logprobs(model, pairs, cfg):
     """`pair_logprobs` of all pairs, as two lists of numbers."""
     chosen, rejected = torch.zeros(2, len(pairs))
-    for rows in micro_batches(pairs, range(len(pairs)), cfg, model.device):
+    for rows in micro_batches(pairs, common.share(range(len(pairs))), cfg, model.device):
         logprobs = pair_logprobs(model, [pairs[row] for row in rows], cfg.temperature)
         chosen[rows], rejected[rows] = (x.cpu() for x in logprobs)
-    return dict(chosen=chosen.tolist(), rejected=rejected.tolist())
+    found = dict(chosen=chosen.tolist(), rejected=rejected.tolist())
+    return {name: common.gather(common.share(numbers)) for name, numbers in found.items()}
 
 
 def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
     """One optimiser step on the pairs `batch`; returns its statistics, means over the pairs."""
     names = ("loss", "accuracy", "margin", "chosen_logratio", "rejected_logratio")
     totals = torch.zeros(len(names), device=policy.device)
-    for rows in micro_batches(pairs, batch, cfg, policy.device):
+    for rows in micro_batches(pairs, common.share(batch), cfg, policy.device):
         ref_chosen, ref_rejected = (
             torch.tensor([ref_logprobs[key][row] for row in rows], device=policy.device)
             for key in ("chosen", "rejected")

@@ -321,7 +321,7 @@ def main(cfg):
     for step in run.steps(steps):
         rows = common.epoch_batch(len(judgements), cfg.batch_size, step, cfg.seed)
         loss = torch.zeros((), device=device)
-        for part in micro_batches(judgements, micro_tokens, rows):
+        for part in micro_batches(judgements, micro_tokens, common.share(rows)):
             rewards, targets, mask = forward(model, [judgements[row] for row in part])
             # The mean over the batch, whatever the micro-batches: a judgement weighs 1 /
             # batch_size.

@@ -189,7 +189,8 @@ def main(cfg):
         rows = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
         batch_tokens = sum(sum(examples[row][1]) for row in rows)
         loss = torch.zeros((), device=device)
-        for part in common.micro_batches([len(ids) for ids, _ in examples], micro_tokens, rows):
+        lengths, own = [len(ids) for ids, _ in examples], common.share(rows)
+        for part in common.micro_batches(lengths, micro_tokens, own):
             batch = common.collate(examples, part, device)
             logprobs = common.response_logprobs(model, batch)  # (b, R)
             # Every token of the whole batch weighs the same, however the batch is cut.

@@ -201,7 +201,7 @@ def strict(text):
 
 def rows_of(out, name="metrics"):
     text = (Path(out) / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [strict(line) for line in text.splitlines()]
+    return [strict(line) for line in text.split("\n") if line]  # text may hold U+2028
 
 
 def eval_of(out):

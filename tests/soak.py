@@ -32,7 +32,7 @@ def random_flags(rng, name, data):
         save_every=rng.randint(0, 3), keep=rng.randint(1, 3), warmup=rng.randint(0, 3),
         lr=rng.choice([1e-4, 1e-2]), lr_schedule=rng.choice(["linear", "constant"]),
         micro_tokens=rng.choice([0, 1, 40, 4000]), max_grad_norm=rng.choice([0.1, 1.0]),
-        gradient_checkpointing=rng.random() < 0.2,
+        gradient_checkpointing=rng.random() < 0.2, lora_rank=rng.choice([0, 0, 0, 4]), merge=True,
     )  # fmt: skip
     if name in ("sft", "reward", "rejection_sample"):
         flags["epochs"] = 9.0

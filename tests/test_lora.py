@@ -180,9 +180,9 @@ def test_four_models_share_two_backbones(tmp_path, data, sft_folder, reward_fold
     seen = {}
     read = ppo.read_rollout
 
-    def look(policy, ref, value, minibatches, temperature):
+    def look(policy, ref, value, *rest):
         seen.update(policy=policy, ref=ref, value=value)
-        return read(policy, ref, value, minibatches, temperature)
+        return read(policy, ref, value, *rest)
 
     monkeypatch.setattr(ppo, "read_rollout", look)
     scorers = []

@@ -1,0 +1,194 @@
+"""Several processes, as torchrun starts them, against one: gloo on the CPU."""
+
+import contextlib
+import io
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, STAGES, eval_of, flags_of, fork, rows_of, weights_of
+
+import common
+from common import UserError
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def start(world, main):
+    """`main()` in `world` processes; their process ids."""
+    port, children = free_port(), []
+    for rank in range(world):
+        child = fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ |= dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+            MASTER_ADDR="localhost", MASTER_PORT=port,
+        )  # fmt: skip
+        code = 1
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            os.write(2, f"rank {rank}: {type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(code)
+    return children
+
+
+def codes(children):
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.fixture
+def greedy(monkeypatch):
+    """Sampling that does not depend on which process draws: what is compared is all the rest."""
+    generate = common.generate
+
+    def certain(model, prompts, max_new_tokens, eos, temperature, **kwargs):
+        return generate(model, prompts, max_new_tokens, eos, 0, **kwargs)
+
+    monkeypatch.setattr(common, "generate", certain)
+
+
+def case(name, data, sft_folder, reward_folder, out):
+    flags = dict(batch_size=4, steps=3)
+    if name == "ppo":
+        flags |= dict(
+            reward_fn="", reward=str(reward_folder), minibatches=1, ptx_coef=0.1, kl_target=0.5,
+            ptx_data=str(data / "sft.jsonl"), micro_tokens=30,
+        )  # fmt: skip
+    if name == "rejection_sample":  # from sampled answers there would be one pair a prompt at most
+        flags |= dict(pairs=str(data / "pairs.jsonl"))
+    if name == "reward":
+        flags |= dict(loss="listwise", data=str(data / "lists.jsonl"), micro_tokens=40)
+    return CONFIGS[name](data, sft_folder, out, **flags)
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_processes_end_with_the_weights_of_one(
+    tmp_path, data, sft_folder, reward_folder, greedy, name, world
+):
+    one = case(name, data, sft_folder, reward_folder, tmp_path / "one")
+    STAGES[name].main(one)
+    many = replace(one, out=str(tmp_path / "many"))
+    assert codes(start(world, partial(STAGES[name].main, many))) == [0] * world
+    a, b = weights_of(one.out), weights_of(many.out)
+    assert set(a) == set(b)
+    for key in a:
+        assert (a[key] - b[key]).abs().max() < 1e-5, key
+    rows = rows_of(one.out), rows_of(many.out)
+    assert len(rows[0]) == len(rows[1]) == 3
+    clock = ("second", "tokens_per_s", "memory", "sampler_gap")
+    for x, y in zip(*rows):
+        assert set(x) == set(y)
+        for key in x:
+            if not any(word in key for word in clock):
+                assert x[key] == pytest.approx(y[key], rel=2e-3, abs=2e-5), key
+    for key, value in eval_of(one.out).items():
+        assert eval_of(many.out)[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+def test_rejection_sampling_gathers_everybodys_answers(tmp_path, data, sft_folder, greedy):
+    cfg = CONFIGS["rejection_sample"](data, sft_folder, tmp_path / "one", n=2, loss="none")
+    STAGES["rejection_sample"].main(cfg)
+    many = replace(cfg, out=str(tmp_path / "many"))
+    assert codes(start(2, partial(STAGES["rejection_sample"].main, many))) == [0, 0]
+    for name in ("candidates", "eval_candidates", "samples", "sft"):
+        assert rows_of(cfg.out, name) == rows_of(many.out, name)
+
+
+def test_processes_draw_different_answers(tmp_path, data, sft_folder):
+    """They share the seed, and must not share the noise."""
+    same = data / "same.jsonl"
+    same.write_text('{"prompt": "the sea"}\n' * 8)
+    cfg = CONFIGS["rejection_sample"](
+        data, sft_folder, tmp_path / "out", data=str(same), n=4, loss="none", temperature=2.0
+    )
+    assert codes(start(2, partial(STAGES["rejection_sample"].main, cfg))) == [0, 0]
+    answers = [row["responses"] for row in rows_of(cfg.out, "candidates")]
+    assert len({str(responses) for responses in answers}) == 8
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step_and_resume_goes_on(
+    tmp_path, data, sft_folder, reward_folder, greedy, monkeypatch
+):
+    cfg = case("ppo", data, sft_folder, reward_folder, tmp_path / "many")
+    cfg = replace(cfg, steps=6, save_every=0)
+    log = common.Run.log
+
+    def stop_at_two(self, *args, **kwargs):
+        log(self, *args, **kwargs)
+        if self.step == 2 and common.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", stop_at_two)
+        assert codes(start(2, partial(STAGES["ppo"].main, cfg))) == [143, 143]
+    assert (tmp_path / "many/checkpoint-2/state.pt").exists()
+    assert codes(start(2, partial(STAGES["ppo"].main, replace(cfg, resume=True)))) == [0, 0]
+    one = replace(cfg, out=str(tmp_path / "one"))
+    STAGES["ppo"].main(one)
+    a, b = weights_of(one.out), weights_of(cfg.out)
+    assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
+    assert [row["step"] for row in rows_of(cfg.out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fewer_sequences_than_processes_is_refused(tmp_path, data, sft_folder):
+    cfg = CONFIGS["sft"](data, sft_folder, tmp_path / "out", batch_size=1)
+
+    def refused():
+        with pytest.raises(UserError, match="--batch_size: 1 .* more processes"):
+            STAGES["sft"].main(cfg)
+
+    assert codes(start(2, refused)) == [0, 0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_by_torchrun(tmp_path, data, sft_folder):
+    """The command of README; only one process prints."""
+    cfg = CONFIGS["sft"](data, sft_folder, tmp_path / "out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    began = time.time()
+    done = subprocess.run(
+        [*command, str(ROOT / "sft.py"), *flags_of(cfg)], capture_output=True, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1 and time.time() - began < 120
+    assert (tmp_path / "out/eval.json").exists()
+
+
+def test_share_and_gather_are_each_others_inverse():
+    """In one process nothing happens; in several, `gather` undoes `share`."""
+    rows = [random.Random(0).random() for _ in range(7)]
+    assert common.share(rows) == rows and common.gather(rows) == rows
+
+    def inverse():
+        common.choose_device("cpu")
+        for n in range(8):
+            part = common.share(list(range(n)))
+            assert common.gather(part) == list(range(n))
+        numbers = torch.tensor([1.0, 2.0])
+        common.all_sum(numbers)
+        assert numbers.tolist() == [3.0, 6.0]
+
+    assert codes(start(3, inverse)) == [0, 0, 0]
