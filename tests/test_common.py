@@ -1,6 +1,7 @@
 """common.py against float64, brute force and plain transformers."""
 
 import copy
+import math
 import gzip
 import json
 import os
@@ -1368,9 +1369,9 @@ def test_a_finished_run_loads_has_no_checkpoints_and_is_refused_on_resume(tmp_pa
 
 def test_require_wants_values_over_the_first_bound_and_at_most_the_second():
     cfg = Settings(out="x", lr=0.5)
-    common.require(cfg, lr=(0, None))
+    common.require(cfg, lr=(0, math.inf))
     common.require(cfg, lr=(0, 0.5))
-    for value, bounds in [(0.5, (0.5, None)), (0.5, (0, 0.4)), (float("nan"), (0, None))]:
+    for value, bounds in [(0.5, (0.5, math.inf)), (0.5, (0, 0.4)), (float("nan"), (0, math.inf))]:
         with pytest.raises(UserError, match="--lr"):
             common.require(Settings(out="x", lr=value), lr=bounds)
 
