@@ -28,8 +28,9 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 import zlib
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -142,10 +144,8 @@ class Slots:
 
     def answers(self, slots):
         """What was sampled in each of `slots`: (token ids, log-probs)."""
-        counts, tokens, logprobs = (
-            x[slots].tolist() for x in (self.count, self.out, self.logprobs)
-        )
-        return [(t[:n], p[:n]) for n, t, p in zip(counts, tokens, logprobs)]
+        columns = (x[slots].tolist() for x in (self.count, self.out, self.logprobs))
+        return [(tokens[:n], logprobs[:n]) for n, tokens, logprobs in zip(*columns)]
 
     def append(self, rows, logits, noise):
         """Draw a token from logits (n, V) for each of `rows` (n,) that is not done yet."""
@@ -172,18 +172,15 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
         raise ValueError("a K/V cache of transformers; generate through common.generate")
     B, H, Q, D = query.shape
     G = key.shape[1]
-    causal = partial(
-        F.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=G != H
-    )
-    if slots is None:
-        return causal(query, key, value).transpose(1, 2), None
-    if slots.filling is not None:
-        if getattr(module, "slot_keys", None) is None:
+    if slots is not None and slots.filling is not None:
+        if not hasattr(module, "slot_keys"):
             module.slot_keys = key.new_zeros(slots.size, G, slots.max_length, D)
             module.slot_values = value.new_zeros(slots.size, G, slots.max_length, value.shape[-1])
         module.slot_keys[slots.filling, :, :Q] = key
         module.slot_values[slots.filling, :, :Q] = value
-        return causal(query, key, value).transpose(1, 2), None
+    if slots is None or slots.filling is not None:
+        how = dict(is_causal=True, scale=scaling, enable_gqa=G != H)
+        return F.scaled_dot_product_attention(query, key, value, **how).transpose(1, 2), None
     module.slot_keys[slots.rows, :, slots.length] = key[:, :, 0]
     module.slot_values[slots.rows, :, slots.length] = value[:, :, 0]
     kv = slots.mask.shape[-1]
@@ -203,9 +200,7 @@ AttentionInterface.register("slots", slot_attention)
 
 
 def draw(logits, noise, sampling):
-    """One token a row of logits (n, V), and its log-prob under softmax(logits / temperature): two
-    (n,). `noise` (n, V) is uniform in [0, 1), and not used where temperature is 0.
-    """
+    """A token and its log-prob, (n,) each, by logits (n, V) and uniform noise (n, V)."""
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, token_logprobs(logits, tokens)
@@ -240,11 +235,9 @@ def prefill(model, slots, free, prompts, generator=None):
 
 def decode_logits(model, slots, kv):
     """Feed every slot its last token; it sees at most `kv` cached positions. Returns (S, V)."""
-    seen = torch.arange(kv, device=slots.rows.device) <= slots.length[:, None]  # itself included
-    slots.mask = seen[:, None, None]
-    hidden = hidden_states(
-        model, slots.token[:, None], position_ids=slots.length[:, None], slots=slots
-    )
+    at = slots.length[:, None]  # (S, 1)
+    slots.mask = (torch.arange(kv, device=at.device) <= at)[:, None, None]  # itself included
+    hidden = hidden_states(model, slots.token[:, None], position_ids=at, slots=slots)
     return lm_head(model)(hidden[:, 0])
 
 
@@ -322,8 +315,8 @@ def generate(
             kv = -(-(int(state.length.max()) + burst) // bucket) * bucket
             for _ in range(burst):
                 decode_step(model, state, min(kv, state.max_length), generator)
-    responses, their_logprobs = zip(*answers) if answers else ((), ())
-    return (list(responses), list(their_logprobs)) if logprobs else list(responses)
+    responses = [tokens for tokens, _ in answers]
+    return (responses, [own for _, own in answers]) if logprobs else responses
 
 
 def decode_step(model, slots, kv, generator):
@@ -339,9 +332,7 @@ def decode_step(model, slots, kv, generator):
 
 @contextmanager
 def slot_model(model, size, max_length, sampling, keep=False):
-    """The model in eval mode with slot attention, and slots for it; afterwards it is as it was, but
-    for the slots that it may `keep` for the next call.
-    """
+    """The model in eval mode with slots, which it may `keep`; otherwise left as it was found."""
     training, attention = model.training, model.config._attn_implementation
     slots, done = getattr(model, "kept_slots", None), False
     if slots is None or not slots.fit(size, max_length, sampling):
@@ -375,9 +366,7 @@ def drop_slots(model):
 
 
 def slots_work(model, max_length):
-    """Whether `generate` can use slots: the model agrees, and nothing in it changes before
-    `max_length` tokens.
-    """
+    """Whether slots can serve: the model agrees, and nothing in it changes before `max_length`."""
     if not hasattr(model, "slots_agree"):
         with as_it_is(model):
             model.slots_agree = slots_agree(model)
@@ -405,9 +394,7 @@ def plain_length(model):
 
 @torch.no_grad()
 def slots_agree(model):
-    """Whether a prefill and a step in two slots give the logits of a plain forward. Notes, too,
-    whether the step never waits for the device, so that it can be a CUDA graph.
-    """
+    """Whether a prefill and a step give a plain forward's logits; notes if a step never waits."""
     has_plain_head(model)  # found while the model's own attention is still in place
     ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
     training = model.training
@@ -450,10 +437,10 @@ def transformers_generate(model, prompts, sampling, generator, batch_size):
     """The same through `model.generate`, padded on the left, for models slots cannot run."""
     responses = []
     training, eos_ids = model.training, set(sampling.eos)
-    how = dict(do_sample=False)
+    how = dict(max_new_tokens=sampling.max_new_tokens, eos_token_id=sampling.eos, pad_token_id=0)
+    how |= dict(do_sample=sampling.temperature > 0)
     if sampling.temperature > 0:
-        how = dict(do_sample=True, temperature=sampling.temperature)
-        how |= dict(top_k=sampling.top_k, top_p=sampling.top_p)
+        how |= dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     model.eval()
     attention = model.config._attn_implementation
     model.set_attn_implementation(getattr(model, "own_attention", attention))
@@ -462,24 +449,14 @@ def transformers_generate(model, prompts, sampling, generator, batch_size):
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             if generator is not None:  # model.generate draws from the global generator only
-                draw = torch.randint(2**31, (1,), device=generator.device, generator=generator)
-                torch.manual_seed(int(draw))
+                seed = torch.randint(2**31, (1,), device=generator.device, generator=generator)
+                torch.manual_seed(int(seed))
             for start in range(0, len(prompts), batch_size):
                 part = prompts[start : start + batch_size]
-                width = max(len(p) for p in part)
-                ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=model.device)
-                seen = torch.tensor(
-                    [[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device
-                )
-                out = model.generate(
-                    ids,
-                    attention_mask=seen,
-                    max_new_tokens=sampling.max_new_tokens,
-                    eos_token_id=sampling.eos,
-                    pad_token_id=0,
-                    **how,
-                )
-                for row in out[:, width:].tolist():
+                ids = pad_right([p[::-1] for p in part], model.device).flip(1)  # padded on the left
+                seen = pad_right([[1] * len(p) for p in part], model.device).flip(1)
+                out = model.generate(ids, attention_mask=seen, **how)
+                for row in out[:, ids.shape[1] :].tolist():
                     end = next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
                     responses.append(row[:end])
     finally:
@@ -518,12 +495,19 @@ def choose_device(name):
     return device
 
 
+@contextmanager
+def loading(path, what):
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: no {what} to load ({why})") from None
+
+
 def load_tokenizer(path, needs_eos=True):
     """The tokenizer of a folder or hub name. Raises UserError if there is none or it lacks EOS."""
-    try:
+    with loading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no tokenizer to load ({str(error).splitlines()[0]})") from None
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
     return tokenizer
@@ -542,10 +526,8 @@ def load_reward(path, device, dtype=torch.float32):
     """A reward or value model: sequence classification with one label; else raises UserError."""
     model = load_model(AutoModelForSequenceClassification, path, device, dtype)
     if "ForSequenceClassification" not in architecture(model) or model.config.num_labels != 1:
-        raise UserError(
-            f"{path}: {architecture(model)} is no reward model: expected one-label "
-            "sequence classification"
-        )
+        kind = architecture(model)
+        raise UserError(f"{path}: {kind} is no reward model: that has one label for a sequence")
     model.scores_tokens = scores_tokens(model)
     if model.scores_tokens:
         model.score.float()  # a reward rounded to bfloat16 has three digits
@@ -564,16 +546,19 @@ def scores_tokens(model):
     return bool((pooled - last).abs() <= 0.02 * pooled.abs())
 
 
+def load_backbone(path, device, dtype=torch.float32):
+    """A causal LM's layers under a new score head, to train as a reward or value model."""
+    return load_model(AutoModelForSequenceClassification, path, device, dtype, num_labels=1)
+
+
 def architecture(model):
     return (model.config.architectures or [type(model).__name__])[0]
 
 
 def load_model(auto_class, path, device, dtype, **kwargs):
     """A Hugging Face model, or a LoRA adapter merged into its base. Dropout 0, train() mode."""
-    try:
+    with loading(path, "model"):
         model = read_model(auto_class, path, dtype, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no model to load ({str(error).splitlines()[0]})") from None
     # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a
     # word, and with dropout on, the ratio of the first step would not be 1.
     for module in model.modules():
@@ -662,16 +647,13 @@ def response_logprobs(model, batch, temperature=1.0, entropy=False):
             run = partial(checkpoint, head_logprobs, use_reentrant=False)
         chunks = zip(hidden.split(1024), tokens.split(1024))
         parts = [run(lm_head(model), h, t, temperature, entropy) for h, t in chunks]
-    padded = []
-    for part in zip(*parts):
-        padded.append(torch.zeros_like(batch.mask).index_put(batch.real, torch.cat(part)))
+    empty = torch.zeros_like(batch.mask)
+    padded = [empty.index_put(batch.real, torch.cat(part)) for part in zip(*parts)]
     return tuple(padded) if entropy else padded[0]
 
 
 def head_logprobs(head, hidden, tokens, temperature, entropy):
-    """(N, d) hidden states and the (N,) tokens that followed -> their log-probs (N,) and, if
-    asked, the entropies (N,).
-    """
+    """(N, d) hidden states and the (N,) next tokens -> log-probs (N,) and, if asked, entropies."""
     logits = head(hidden).float()  # (N, V)
     logprobs = token_logprobs(logits, tokens, temperature)
     if not entropy:
@@ -681,18 +663,14 @@ def head_logprobs(head, hidden, tokens, temperature, entropy):
 
 
 def token_scores(model, ids):
-    """The score head read at every token, less the reward model's stored mean: (B, T) -> (B, T)
-    float32.
-    """
+    """The score head read at every token, less the stored mean: (B, T) -> (B, T) float32."""
     with autocast(ids.device):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return model.score(hidden.float()).squeeze(-1) - getattr(model.config, "reward_mean", 0.0)
 
 
 def response_values(model, batch):
-    """V(s_t) for the state before each response token: (B, R). The same network as the reward
-    model, read at every token.
-    """
+    """V(s_t) for the state before each response token, (B, R): a reward model read at every one."""
     return take(token_scores(model, batch.ids), batch.positions)
 
 
@@ -848,10 +826,8 @@ def read_model(auto_class, path, dtype, **kwargs):
     return model
 
 
-def micro_tokens(cfg, device):
-    """Padded tokens a forward may hold. The CPU gains nothing from large batches and loses by
-    their padding.
-    """
+def token_budget(cfg, device):
+    """Padded tokens a forward may hold. A CPU gains nothing by more, and loses by the padding."""
     return cfg.micro_tokens or (16384 if device.type == "cuda" else 512)
 
 
@@ -861,9 +837,7 @@ def take(x, positions):
 
 
 def compile_layers(model, mode):
-    """Compile the transformer layers one by one (they share their code). mode: auto (CUDA and
-    over 50M parameters), on, off.
-    """
+    """Compile the layers one by one, as they share code; `auto`: on CUDA, over 50M parameters."""
     big = model.device.type == "cuda" and sum(p.numel() for p in model.parameters()) > 50e6
     if mode == "on" or (mode == "auto" and big):
         # All models of a family share the recompile limit of their layer code. Past it layers would
@@ -897,9 +871,18 @@ def copy_weights(source, target):
             old.data.copy_(new.data)
 
 
-def make_adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
+def make_trainable(model, cfg, lr):
+    """With adapters, checkpointing and compiled layers as the flags say; returns its optimiser."""
+    add_lora(model, cfg)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    compile_layers(model, cfg.compile)
+    return make_adamw(model, lr)
+
+
+def make_adamw(model, lr):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 # Several processes, started by torchrun, each hold all models and take a share of every batch. What
@@ -946,13 +929,19 @@ def all_sum(*tensors):
             work.wait()
 
 
-def optimizer_step(model, optimizer, stats, batch_ids, cfg):
+def total_steps(cfg, n):
+    """Optimiser steps of --epochs over `n` examples, or fewer by --steps."""
+    steps = math.ceil(cfg.epochs * n / cfg.batch_size)
+    return min(steps, cfg.steps or steps)
+
+
+def optimizer_step(model, optimizer, stats, ids, cfg):
     """Clip the gradient on the whole minibatch, step, and drop it.
 
     Returns `stats`, scalars on the device, and the gradient's norm as floats: the one time in a
     step that the host reads the device. Gradients and stats are summed over the processes. When one
-    is not finite, raises UserError before the weights are touched; the token ids of the batch,
-    batch_ids(), are in nonfinite.json.
+    is not finite, raises UserError before the weights are touched; the token `ids` of the batch,
+    lists or tensors, are in nonfinite.json.
     """
     all_sum(*(p.grad for p in model.parameters() if p.grad is not None), *stats.values())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
@@ -960,7 +949,8 @@ def optimizer_step(model, optimizer, stats, batch_ids, cfg):
     stats = dict(zip(stats, torch.stack([x.detach() for x in stats.values()]).tolist()))
     bad = [name for name, value in stats.items() if not math.isfinite(value)]
     if bad:
-        path, ids = Path(cfg.out) / "nonfinite.json", gather(batch_ids())
+        path = Path(cfg.out) / "nonfinite.json"
+        ids = gather([list(map(int, row)) for row in ids])
         write_json(path, dict(stats={k: str(v) for k, v in stats.items()}, ids=ids))
         raise UserError(
             f"{', '.join(bad)} not finite; the weights were not touched, and the batch is in {path}"
@@ -972,9 +962,7 @@ def optimizer_step(model, optimizer, stats, batch_ids, cfg):
 
 
 def set_lr(optimizer, lr, step, steps, warmup, schedule):
-    """Linear warm-up over `warmup` steps, then constant or linear decay to 0 after `steps`; step
-    counts from 1. Returns the rate.
-    """
+    """Linear warm-up, then constant or linear decay to 0 after `steps`; step counts from 1."""
     lr = lr * min(1.0, step / max(1, warmup))
     if schedule == "linear" and step > warmup:
         lr = lr * (steps - step + 1) / (steps - warmup + 1)
@@ -984,8 +972,8 @@ def set_lr(optimizer, lr, step, steps, warmup, schedule):
 
 
 def make_generator(device, *key, shared=True):
-    """A generator seeded by (seed, step, ...): randomness is a function of the step, so a
-    resumed run draws the same numbers. Not `shared`, each process draws its own.
+    """A generator seeded by (seed, step, ...), so that a resumed run draws the same numbers. Not
+    `shared`, each process draws its own.
     """
     if not shared and rank():
         key = (*key, rank())
@@ -993,9 +981,7 @@ def make_generator(device, *key, shared=True):
 
 
 def seed_all(*key):
-    """Seed the global generators of python, numpy and torch, for code that draws from them: a
-    --reward_fn, say.
-    """
+    """Seed the global generators, for code that draws from them: a --reward_fn, say."""
     number = make_generator("cpu", *key).initial_seed()
     random.seed(number)
     np.random.seed(number % 2**32)
@@ -1003,9 +989,7 @@ def seed_all(*key):
 
 
 def epoch_batch(n, size, step, seed):
-    """The `size` row numbers of batch `step` (from 1) in an endless series of shuffled epochs
-    over `n` rows.
-    """
+    """The rows of batch `step` (from 1) in an endless series of shuffled epochs of n rows."""
     rows = []
     cursor = (step - 1) * size
     while len(rows) < size:
@@ -1020,9 +1004,7 @@ def epoch_batch(n, size, step, seed):
 
 
 def read_jsonl(path):
-    """The objects of a .jsonl or .jsonl.gz file; each remembers its `where` ("file:line").
-    Raises UserError at the first bad line.
-    """
+    """The objects of a .jsonl or .jsonl.gz file, each with its `where`, "file:line"."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -1044,28 +1026,24 @@ def read_jsonl(path):
     return rows
 
 
+def is_embedded(path):
+    return Path(path).resolve().parent == EMBEDDED
+
+
 def read_split(path, eval_path, embedded_eval):
-    """Training and held-out rows. Held out: `eval_path`; else the embedded file for embedded
-    data; else the last 5%, at most 200.
-    """
+    """Training and held-out rows: eval_path, the embedded file, or the last 5%, at most 200."""
     rows = read_jsonl(path)
-    if not eval_path and Path(path).resolve().parent == EMBEDDED:
-        eval_path = embedded_eval
-    if eval_path:
-        return rows, read_jsonl(eval_path)
+    if eval_path or is_embedded(path):
+        return rows, read_jsonl(eval_path or EMBEDDED / embedded_eval)
+    if len(rows) == 1:
+        raise UserError(f"{path}: one line cannot be training and held-out data; name --eval_data")
     held_out = min(200, max(1, len(rows) // 20))
-    if held_out >= len(rows):
-        raise UserError(
-            f"{path}: one line cannot be both training and held-out data; name --eval_data"
-        )
     print(f"no --eval_data: the last {held_out} of {len(rows)} lines of {path} are held out")
     return rows[:-held_out], rows[-held_out:]
 
 
 def field(row, key):
-    """row[key], which must be text or chat messages and not empty. Raises UserError naming the
-    line and the key.
-    """
+    """row[key], which must be text or chat messages and not empty; else UserError names both."""
     if key not in row:
         keys = ", ".join(k for k in row if k != "where")
         raise UserError(f'{row["where"]}: no "{key}" (the keys are: {keys})')
@@ -1075,29 +1053,22 @@ def field(row, key):
         for m in value
     )
     if not isinstance(value, str) and not messages:
-        raise UserError(
-            f'{row["where"]}: "{key}" must be a string or a list of chat messages (role, content)'
-        )
-    if not value or (isinstance(value, str) and not value.strip()):
+        raise UserError(f'{row["where"]}: "{key}" must be a string or a list of chat messages')
+    if not (value if messages else value.strip()):
         raise UserError(f'{row["where"]}: "{key}" is empty')
     return value
 
 
 def split_pair(row):
-    """Prompt, chosen and rejected of a comparison; HH-RLHF's own form holds whole dialogues and
-    no prompt.
-    """
+    """Prompt, chosen and rejected; HH-RLHF's own form holds whole dialogues and no prompt."""
     chosen, rejected = field(row, "chosen"), field(row, "rejected")
     if "prompt" in row:
         return field(row, "prompt"), chosen, rejected
     same = [a == b for a, b in zip(chosen, rejected)] + [False]  # characters, or messages
     prompt = chosen[: same.index(False)]
     if isinstance(prompt, str):
-        prompt = (
-            prompt[: prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")]
-            if "\n\nAssistant:" in prompt
-            else ""
-        )
+        before, turn, _ = prompt.rpartition("\n\nAssistant:")
+        prompt = before + turn  # nothing where there is no such turn
     chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt or not chosen or not rejected:
         raise UserError(
@@ -1119,15 +1090,28 @@ def prompt_of(row):
     return field(row, "prompt")
 
 
+def as_text(prompt):
+    """A prompt that may be chat messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def render(tokenizer, messages, where, generation=False):
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: chat messages, but the tokenizer has no chat template")
+    how = dict(tokenize=False, add_generation_prompt=generation)
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
-        )
+        return tokenizer.apply_chat_template(messages, **how)
     except Exception as error:  # a template is code of the model's author and raises what it likes
         raise UserError(f"{where}: the chat template refuses these messages ({error})") from None
+
+
+def added(before, after, where):
+    """What the rendering `after` has beyond the rendering `before`."""
+    if not after.startswith(before):
+        raise UserError(f"{where}: the chat template rewrites earlier turns, so none stands apart")
+    return after[len(before) :]
 
 
 def plain_ids(tokenizer, text):
@@ -1143,12 +1127,7 @@ def assistant_turn(tokenizer, before, message, where):
     template rewrites what came before.
     """
     start = render(tokenizer, before, where, generation=True)
-    whole = render(tokenizer, before + [message], where)
-    if not whole.startswith(start):
-        raise UserError(
-            f"{where}: the chat template rewrites earlier turns, so none can be told apart"
-        )
-    ids = plain_ids(tokenizer, whole[len(start) :])
+    ids = plain_ids(tokenizer, added(start, render(tokenizer, before + [message], where), where))
     special = set(tokenizer.all_special_ids)
     ends = [i for i, token in enumerate(ids) if token in special]
     if not ends:
@@ -1157,9 +1136,7 @@ def assistant_turn(tokenizer, before, message, where):
 
 
 def encode_prompt(tokenizer, prompt, where="prompt"):
-    """Token ids of a prompt: text with the tokenizer's special tokens (no EOS), messages through
-    the chat template.
-    """
+    """Token ids: text with its special tokens (no EOS), messages through the chat template."""
     if not isinstance(prompt, str):
         return plain_ids(tokenizer, render(tokenizer, prompt, where, generation=True))
     ids = tokenizer(prompt)["input_ids"]
@@ -1177,30 +1154,22 @@ def context_length(model):
 
 def prompt_room(model, cfg):
     """The longest prompt, in tokens, that leaves the model room for an answer. Raises UserError."""
-    room = context_length(model) - cfg.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"--max_new_tokens {cfg.max_new_tokens}: no room for a prompt in the model's context "
-            f"of {context_length(model)} tokens"
-        )
-    return min(cfg.max_prompt_tokens, room)
+    new, context = cfg.max_new_tokens, context_length(model)
+    if new >= context:
+        raise UserError(f"--max_new_tokens {new}: the model's context is {context} tokens")
+    return min(cfg.max_prompt_tokens, context - new)
 
 
 def load_prompts(rows, tokenizer, max_tokens):
     """Rows of any data file -> their prompts, tokenised; their `kind` and `task` stay with them."""
-    prompts = []
-    for row in rows:
-        prompt = prompt_of(row)
-        prompts.append(
-            row | dict(prompt=prompt, ids=encode_prompt(tokenizer, prompt, row["where"]))
-        )
-    return keep_short(prompts, max_tokens, lambda prompt: len(prompt["ids"]), "prompts")
+    prompts = [row | dict(prompt=prompt_of(row)) for row in rows]
+    for row in prompts:
+        row["ids"] = encode_prompt(tokenizer, row["prompt"], row["where"])
+    return keep_short(prompts, max_tokens, lambda row: len(row["ids"]), "prompts")
 
 
 def encode_response(tokenizer, prompt, response, where="response"):
-    """Token ids of a response, its end token included; tokenised apart from the prompt, as
-    generation sees them.
-    """
+    """Token ids with the end token; tokenised apart from the prompt, as generation sees them."""
     if not isinstance(response, str):
         if len(response) != 1 or response[0]["role"] != "assistant":
             raise UserError(f"{where}: a response in messages must be one assistant message")
@@ -1221,11 +1190,7 @@ def encode_dialogue(tokenizer, messages, where="messages"):
         if message["role"] != "assistant":
             continue
         start, turn, rest = assistant_turn(tokenizer, messages[:i], message, where)
-        if not start.startswith(done):
-            raise UserError(
-                f"{where}: the chat template rewrites earlier turns, so none can be told apart"
-            )
-        context = plain_ids(tokenizer, start[len(done) :])
+        context = plain_ids(tokenizer, added(done, start, where))
         ids += context + turn + rest
         mask += [0] * len(context) + [1] * len(turn) + [0] * len(rest)
         done = render(tokenizer, messages[: i + 1], where)
@@ -1239,49 +1204,46 @@ def join(prompt, response):
     return prompt + response, [0] * len(prompt) + [1] * len(response)
 
 
+def encode(tokenizer, prompt, response, where="example"):
+    """Prompt and response as one example."""
+    ids = encode_prompt(tokenizer, prompt, where)
+    return join(ids, encode_response(tokenizer, prompt, response, where))
+
+
 def demonstration(tokenizer, row):
-    """One line of SFT data as (ids, mask): `messages`, or `prompt` and `completion`, or a pair,
-    whose `chosen` is the completion.
-    """
+    """A line of SFT data as (ids, mask): messages, prompt and completion, or a pair's chosen."""
     if "messages" in row:
         return encode_dialogue(tokenizer, field(row, "messages"), row["where"])
     if "completion" in row:
         prompt, completion = field(row, "prompt"), field(row, "completion")
     else:
         prompt, completion, _ = split_pair(row)
-    return join(
-        encode_prompt(tokenizer, prompt, row["where"]),
-        encode_response(tokenizer, prompt, completion, row["where"]),
-    )
+    return encode(tokenizer, prompt, completion, row["where"])
+
+
+def load_demonstrations(rows, tokenizer, max_tokens):
+    examples = [demonstration(tokenizer, row) for row in rows]
+    return keep_short(examples, max_tokens, lambda example: len(example[0]), "demonstrations")
 
 
 def stop_ids(model, tokenizer):
-    """Every token that ends a response: the generation config's EOS ids, the tokenizer's, and
-    the chat template's end token.
-    """
+    """What ends a response: the generation config's EOS ids, the tokenizer's, the template's."""
     ids = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id} | set([ids] if isinstance(ids, int) else ids or [])
     if tokenizer.chat_template is not None:
         hello = [dict(role="user", content="a")], dict(role="assistant", content="b")
-        try:
+        with suppress(UserError):  # only messages need the template, and they will say so
             ids.add(assistant_turn(tokenizer, *hello, where="chat template")[1][-1])
-        except UserError:  # only messages need the template, and they will say so
-            pass
     return sorted(ids)
 
 
 def keep_short(examples, max_tokens, length, what):
-    """The examples of at most `max_tokens` tokens; says how many were dropped. Raises UserError
-    when none is left.
-    """
+    """The examples of at most `max_tokens`; says how many were dropped. UserError if all were."""
     short = [example for example in examples if length(example) <= max_tokens]
     if not short:
         raise UserError(f"all {len(examples)} {what} are longer than {max_tokens} tokens")
-    if len(short) < len(examples):
-        print(
-            f"{len(examples) - len(short)} of {len(examples)} {what} left out: longer than "
-            f"{max_tokens} tokens"
-        )
+    if left_out := len(examples) - len(short):
+        print(f"{left_out} of {len(examples)} {what} left out: longer than {max_tokens} tokens")
     return short
 
 
@@ -1353,6 +1315,12 @@ def micro_batches(lengths, max_tokens, rows=None):
     return [part for part in parts if part]
 
 
+def batches(examples, max_tokens, device, rows=None):
+    """The examples `rows` as one Batch for each of `micro_batches`."""
+    parts = micro_batches([len(ids) for ids, _ in examples], max_tokens, rows)
+    return (collate(examples, part, device) for part in parts)
+
+
 # ----------------------------------------------------------------------------------------------
 # Scores
 
@@ -1375,20 +1343,18 @@ def load_function(spec):
 
 
 def load_scorer(cfg, tokenizer, device, dtype):
-    """What --reward_fn or --reward says: (score, reward model, its tokenizer), both None for a
-    rule. score(prompts, prompt_ids, responses) -> (B,).
-    """
+    """By --reward_fn or --reward: (score, reward model, its tokenizer); a rule has but a score."""
     if cfg.reward_fn:
         return function_scorer(cfg.reward_fn, tokenizer), None, None
     reward = load_reward(cfg.reward, device, dtype).requires_grad_(False)
     reward_tokenizer = load_tokenizer(cfg.reward, needs_eos=False)
-    budget = micro_tokens(cfg, device)
+    budget = token_budget(cfg, device)
     return model_scorer(reward, reward_tokenizer, tokenizer, budget), reward, reward_tokenizer
 
 
 def load_gold(spec, data, tokenizer):
     """The judge `spec`, or the embedded world's own where `data` is its; otherwise None."""
-    if not spec and Path(data).resolve().parent == EMBEDDED:
+    if not spec and is_embedded(data):
         spec = f"{EMBEDDED / 'hhh.py'}:gold_score"
     return function_scorer(spec, tokenizer) if spec else None
 
@@ -1399,9 +1365,7 @@ def score_all(score, prompts, prompt_ids, responses):
 
 
 def function_scorer(spec, tokenizer):
-    """score(prompts, prompt_ids, responses) -> (B,) by a rule `file.py:function` that takes
-    texts: (prompts, responses) -> scores.
-    """
+    """score(prompts, prompt_ids, responses) -> (B,) by a rule, function(prompts, responses)."""
     function = load_function(spec)
 
     def score(prompts, prompt_ids, responses):
@@ -1411,9 +1375,8 @@ def function_scorer(spec, tokenizer):
         except Exception as error:
             raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
         if len(scores) != len(texts) or not scores.isfinite().all():
-            raise UserError(
-                f"{spec}: expected {len(texts)} finite scores, got {scores.tolist()[:8]}"
-            )
+            found = scores.tolist()[:8]
+            raise UserError(f"{spec}: expected {len(texts)} finite scores, got {found}")
         return scores
 
     return score
@@ -1427,6 +1390,7 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
     pair, cut to its context.
     """
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+    special = set(tokenizer.all_special_ids)
 
     @torch.no_grad()
     def score(prompts, prompt_ids, responses):
@@ -1436,13 +1400,12 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
             texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
             if not reward.scores_tokens:
                 return encoder_scores(reward, reward_tokenizer, prompts, texts)
-            examples = [
-                join(encode_prompt(reward_tokenizer, p), encode_response(reward_tokenizer, p, text))
-                for p, text in zip(prompts, texts)
-            ]
+            examples = [encode(reward_tokenizer, p, text) for p, text in zip(prompts, texts)]
+            for i, response in enumerate(responses):
+                if response[-1] not in special:  # a cut answer must not read as an ended one
+                    examples[i] = [part[:-1] for part in examples[i]]
         scores = torch.zeros(len(examples), device=reward.device)
-        for rows in micro_batches([len(ids) for ids, _ in examples], max_tokens):
-            batch = collate(examples, rows, reward.device)
+        for batch in batches(examples, max_tokens, reward.device):
             scores[batch.rows] = sequence_scores(reward, batch)
         if not scores.isfinite().all():
             raise UserError("the reward model gives scores that are not finite numbers")
@@ -1487,8 +1450,7 @@ def evaluate(policy, sampler, ref, prompts, tokenizer, eos, score, gold, cfg):
     ))  # fmt: skip
     examples = [join(p, r) for p, r in zip(share(ids), share(responses))]
     kl = torch.zeros((), device=policy.device)
-    for rows in micro_batches([len(x) for x, _ in examples], micro_tokens(cfg, policy.device)):
-        batch = collate(examples, rows, policy.device)
+    for batch in batches(examples, token_budget(cfg, policy.device), policy.device):
         logprobs = response_logprobs(policy, batch, cfg.temperature)  # (b, R)
         ref_logprobs = response_logprobs(ref, batch, cfg.temperature)
         kl += ((logprobs - ref_logprobs) * batch.mask).sum() / len(prompts)
@@ -1542,7 +1504,7 @@ def print_table(results, prompts, **answers):
     kls = ["" if own["kl"] is None else f"{own['kl']:.2f}" for own in answers.values()]
     print(f"{'KL to the reference, nats':28}" + "".join(f"{kl:>12}" for kl in kls))
     for i in range(0, len(prompts), max(1, len(prompts) // 6)):
-        print(f"\n  {str(prompts[i]['prompt'])[-300:]}")
+        print(f"\n  {as_text(prompts[i]['prompt'])[-300:]}")
         for name, own in answers.items():
             print(f"    {name:10} {own['texts'][i][:300]}")
 
@@ -1554,8 +1516,7 @@ def write_samples(path, prompts, **answers):
     for name, own in answers.items():
         if own["scores"] is not None:
             columns[f"score_{name}"] = own["scores"].tolist()
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    write_jsonl(path, rows)
+    write_jsonl(path, [dict(zip(columns, values)) for values in zip(*columns.values())])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1614,8 +1575,8 @@ class Run:
         for name in ("resume", "overwrite", "save_every", "keep", "device", *LOGGERS, "quiet"):
             settings.pop(name)
         self.report_due = 0.0
-        for name in (name for name in LOGGERS if getattr(cfg, name)):
-            if importlib.util.find_spec(name) is None:
+        for name in LOGGERS:
+            if getattr(cfg, name) and importlib.util.find_spec(name) is None:
                 raise UserError(f"--{name}: not installed here (pip install {name})")
         if dist.is_initialized():
             together = cfg.batch_size // getattr(cfg, "minibatches", 1)
@@ -1623,13 +1584,15 @@ class Run:
                 raise UserError(f"--batch_size: {together} sequences a step, but more processes")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: a file is in the way")
-        replace = cfg.overwrite and (self.out / "run.json").exists()
         taken = self.out.exists() and any(path.suffix != ".tmp" for path in self.out.iterdir())
+        if taken and not (self.out / "run.json").exists():
+            raise UserError(f"--out {self.out} is not empty and holds no run: choose another --out")
+        replace = taken and cfg.overwrite
         if taken and not replace:
-            if not cfg.resume or not (self.out / "run.json").exists():
+            if not cfg.resume:
                 raise UserError(
-                    f"--out {self.out} is not empty: continue its run with --resume, replace it "
-                    "with --overwrite, or choose another --out"
+                    f"--out {self.out} holds a run: continue it with --resume, replace it with "
+                    "--overwrite, or choose another --out"
                 )
             before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
             changed = [k for k in settings if k != "out" and before.get(k) != settings[k]]
@@ -1673,8 +1636,11 @@ class Run:
         if self.cfg.wandb and rank() == 0:
             import wandb
 
-            settings = dict(config=self.settings, dir=self.out)
-            self.wandb = wandb.init(project="rlhf", name=str(self.out), **settings)
+            name = self.out / "wandb.txt"  # a resumed run goes on in the same one
+            if not name.exists():
+                write_text(name, uuid.uuid4().hex)
+            settings = dict(config=self.settings, dir=self.out, id=name.read_text())
+            self.wandb = wandb.init(project="rlhf", name=str(self.out), resume="allow", **settings)
 
     def load_checkpoint(self):
         """Put the tracked objects where the newest checkpoint has them."""
@@ -1701,9 +1667,7 @@ class Run:
         return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
 
     def checkpoint(self, step):
-        """Write checkpoint-STEP under a temporary name, rename it, and only then remove the ones
-        that are older than --keep.
-        """
+        """Write it under a temporary name, rename it, and only then remove those beyond --keep."""
         if rank():
             return
         folder, temporary = self.out / f"checkpoint-{step}", self.out / "checkpoint.tmp"
@@ -1734,7 +1698,7 @@ class Run:
         With `done`, how many steps are already, the loop keeps its own record of them and leaves no
         checkpoints.
         """
-        start, own_record = (self.start, False) if done is None else (done, True)
+        start = self.start if done is None else done
         self.name = name or self.out.name
         first = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(
@@ -1749,7 +1713,7 @@ class Run:
                 self.bar.update()
                 self.stop_signal = max_of_all(self.stop_signal)  # all stop after the same step
                 due = self.cfg.save_every and step % self.cfg.save_every == 0 and step < total
-                if (due or self.stop_signal) and not own_record:
+                if (due or self.stop_signal) and done is None:
                     self.checkpoint(step)
                 if self.stop_signal:
                     self.print(f"stopped after step {step}; --resume continues")
@@ -1770,8 +1734,8 @@ class Run:
         """One line of metrics.jsonl; `show` names the few that the progress bar has room for."""
         if rank():
             return
-        row = dict(step=self.step) | metrics
-        row |= dict(seconds=time.perf_counter() - self.began, peak_memory_gib=peak_memory_gib())
+        seconds = time.perf_counter() - self.began
+        row = dict(step=self.step, **metrics, seconds=seconds, peak_memory_gib=peak_memory_gib())
         row = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()}
         self.metrics.write((json.dumps(row) + "\n").encode())
         self.metrics.flush()
@@ -1787,25 +1751,19 @@ class Run:
             self.report_due = start + max(5, 50 * took)  # at most a fiftieth of the run's time
 
     def show(self, **numbers):
-        """The few numbers of a step that the progress bar has room for, or a line now and then
-        where there is no terminal.
-        """
+        """On the progress bar; where there is no terminal, as a line now and then."""
         text = {name: f"{number:.3g}" for name, number in numbers.items()}
         self.bar.set_postfix(text, refresh=False)
         if self.bar.disable and (self.step % 10 == 0 or self.step in (1, self.bar.total)):
-            self.print(
-                f"{self.name} {self.step}/{self.bar.total}  "
-                + "  ".join(f"{k} {v}" for k, v in text.items())
-            )
+            text = "  ".join(f"{name} {number}" for name, number in text.items())
+            self.print(f"{self.name} {self.step}/{self.bar.total}  {text}")
 
     def print(self, text):
         """A line that does not tear the progress bar."""
         tqdm.write(text)
 
     def finish(self, model, tokenizer, results):
-        """Save the model, if any, and its tokenizer, then eval.json: a stage is finished when that
-        is there.
-        """
+        """Save the model, if any, and its tokenizer; eval.json is last: it says `finished`."""
         if rank():
             return
         if model is not None:
@@ -1858,9 +1816,7 @@ td, th {{ text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
 
 
 def write_report(out, results=None):
-    """report.html: the metrics, results, samples and settings of the run in `out`. The page loads
-    itself again now and then until there are `results`.
-    """
+    """report.html of the run in `out`; until there are `results` it loads itself now and then."""
     rows, samples = (
         [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
         for path in (out / "metrics.jsonl", out / "samples.jsonl")
@@ -1917,13 +1873,6 @@ def curve(name, steps, values):
     )
 
 
-def as_text(prompt):
-    """A prompt that may be chat messages."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
 def html_table(kind, rows):
     """The first row is the heading."""
     text = "<tr>" + "".join(f"<th>{html.escape(str(cell))}</th>" for cell in rows[0]) + "</tr>"
@@ -1949,10 +1898,13 @@ def make_missing_stages(cfg):
         command += ["--seed", str(cfg.seed), "--device", cfg.device]
         command += flags + (["--quiet"] if cfg.quiet else [])
         command += ["--resume"] if (Path(folder) / "run.json").exists() else []
-        # Ctrl-C reaches the stage too, which saves and stops; then so do we.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = subprocess.run(command).returncode
-        signal.signal(signal.SIGINT, handler)
+        # Ctrl-C reaches the stage too, SIGTERM is passed on: it saves and stops; then so do we.
+        stage = subprocess.Popen(command)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+        code = stage.wait()
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
         if code:
             raise SystemExit(code)
 
@@ -2013,7 +1965,7 @@ def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_toke
     widths = [m.config.get_text_config() for m in trained]
     width = max((w.num_hidden_layers * w.hidden_size for w in widths), default=0)
     a_token = 2 if cfg.gradient_checkpointing else 34
-    parts["activations about"] = micro_tokens(cfg, device) * width * a_token
+    parts["activations about"] = token_budget(cfg, device) * width * a_token
     text = ", ".join(f"{name} {amount / 2**30:.2f}" for name, amount in parts.items())
     text = f"memory, GiB: {text}; in all {sum(parts.values()) / 2**30:.2f}"
     if device.type == "cuda":
@@ -2030,25 +1982,20 @@ def peak_memory_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-FLAG_BOUNDS = dict(  # of the flags that every stage has
-    batch_size=(0, None), lr=(0, None), warmup=(-1, None), max_grad_norm=(0, None),
-    micro_tokens=(-1, None), save_every=(-1, None), keep=(0, None), lora_rank=(-1, None),
-    lora_alpha=(0, None),
-)  # fmt: skip
-
-
-def require(cfg, **bounds):
-    """Check flags, those of FLAG_BOUNDS too: require(cfg, steps=(0, None)) wants a value over 0
-    with no upper end.
-
-    A negative lower end means that 0 itself is fine. Raises UserError.
+def require(cfg, over_0="", from_0="", **bounds):
+    """Check flags, and those that every stage has: require(cfg, "steps", "trace", gamma=(0, 1))
+    wants `steps` over 0, `trace` at least 0, `gamma` over 0 and at most 1. Raises UserError.
     """
-    for name, (low, high) in (FLAG_BOUNDS | bounds).items():
-        value = getattr(cfg, name)
-        if not value > low or (high is not None and value > high):
-            limit = f"over {low}" if low >= 0 else "at least 0"
-            limit += f" and at most {high}" if high is not None else ""
-            raise UserError(f"--{name} {value}: expected {limit}")
+    over_0 += " batch_size lr max_grad_norm keep lora_alpha"
+    from_0 += " warmup micro_tokens save_every lora_rank"
+    bounds = {name: (0, math.inf) for name in over_0.split()} | bounds
+    for name, (low, high) in bounds.items():
+        if not low < (value := getattr(cfg, name)) <= high:
+            limit = f" and at most {high}" if high < math.inf else ""
+            raise UserError(f"--{name} {value}: expected over {low}{limit}")
+    for name in from_0.split():
+        if not (value := getattr(cfg, name)) >= 0:
+            raise UserError(f"--{name} {value}: expected at least 0")
 
 
 OUT_OF_MEMORY = (
@@ -2074,20 +2021,18 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def command_line(config_class, main, doc):
-    """Parse the flags of `config_class`, run `main`, and turn a UserError into one line on
-    stderr and exit code 2.
-    """
+    """Parse the flags and run `main`; a UserError becomes one line on stderr and exit code 2."""
     script = Path(sys.argv[0]).name
     parser = HfArgumentParser(
         config_class, description=doc, usage=f"{script} [--flag value ...]", allow_abbrev=False,
         formatter_class=Help,
     )  # fmt: skip
 
-    def error(message):
-        print(f"{script}: {message} (see {script} --help)", file=sys.stderr)
+    def fail(line):
+        print(f"{script}: {line}", file=sys.stderr)
         sys.exit(2)
 
-    parser.error = error
+    parser.error = lambda message: fail(f"{message} (see {script} --help)")
     cfg = config_class(**vars(parser.parse_args()))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -2101,15 +2046,11 @@ def command_line(config_class, main, doc):
         print(f"{script}: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except UserError as problem:
-        error_line = str(problem)
+        fail(problem)
     except torch.OutOfMemoryError as problem:
         plan = getattr(print_memory_plan, "last", "no model was loaded yet")
-        error_line = f"{str(problem).splitlines()[0]} The plan was: {plan}. {OUT_OF_MEMORY}"
+        fail(f"{str(problem).splitlines()[0]} The plan was: {plan}. {OUT_OF_MEMORY}")
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        error_line = f"no space left for {problem.filename or cfg.out}; {NO_SPACE}"
-    else:
-        return
-    print(f"{script}: {error_line}", file=sys.stderr)
-    sys.exit(2)
+        fail(f"no space left for {problem.filename or cfg.out}; {NO_SPACE}")

@@ -29,11 +29,10 @@ Where this departs from the papers:
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import torch
-from transformers import AutoModelForSequenceClassification
 from transformers.hf_argparser import HfArg
 
 import common
@@ -141,20 +140,15 @@ def policy_loss(
         gain = logprobs * advantages
     else:
         raise ValueError(f"objective {objective!r}: expected clip, kl or pg")
+    mean = partial(masked_mean, mask=mask)
     with torch.no_grad():
         cut = (clipped * advantages < ratio * advantages).float()
-        stats = dict(
-            approx_kl=masked_mean(kl, mask),
-            clipfrac=masked_mean(cut, mask),
-            ratio=masked_mean(ratio, mask),
-        )
-    return -masked_mean(gain, mask), stats
+        stats = dict(approx_kl=mean(kl), clipfrac=mean(cut), ratio=mean(ratio))
+    return -mean(gain), stats
 
 
 def value_loss(values, old_values, returns, mask, cliprange_value=0.2):
-    """Half the squared error against the returns, the worse of the new and the clipped value.
-    Returns (loss, clipfrac).
-    """
+    """Half the squared error, of the new or the clipped value, the worse: (loss, clipfrac)."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(error, clipped_error), mask)
@@ -162,17 +156,13 @@ def value_loss(values, old_values, returns, mask, cliprange_value=0.2):
 
 
 def adapt_kl_coef(kl_coef, kl, target, episodes, horizon):
-    """Ziegler et al. 2019, section 2.2: a proportional controller in log space, its error capped
-    at 20%.
-    """
+    """Ziegler et al. 2019, section 2.2: proportional, in log space, the error capped at 20%."""
     error = max(-0.2, min(0.2, kl / target - 1))
     return kl_coef * (1 + error * episodes / horizon)
 
 
 def adapt_beta(beta, kl, target):
-    """Schulman et al. 2017, section 4: halve or double beta when KL(pi_old, pi) is off its
-    target by 1.5.
-    """
+    """Schulman et al. 2017, section 4: halve or double beta when the KL is off by a factor 1.5."""
     if kl < target / 1.5:
         return beta / 2
     if kl > target * 1.5:
@@ -185,19 +175,14 @@ def adapt_beta(beta, kl, target):
 
 
 def check(cfg):
-    common.require(
-        cfg, steps=(0, None), max_new_tokens=(0, None), max_prompt_tokens=(0, None),
-        temperature=(0, None), slots=(0, None), ppo_epochs=(0, None),
-        minibatches=(0, cfg.batch_size), value_lr=(0, None), gamma=(0, 1), lam=(-1e-9, 1),
-        cliprange=(0, 1), cliprange_value=(0, None), missing_eos_penalty=(-1e-9, None),
-        kl_coef=(-1e-9, None), kl_target=(-1e-9, None), kl_horizon=(0, None), beta=(0, None),
-        beta_target=(0, None), stop_kl=(-1e-9, None), ptx_coef=(-1e-9, None),
-        sample_every=(-1, None), trace=(-1, None),
-    )  # fmt: skip
+    over_0 = """max_prompt_tokens steps max_new_tokens temperature slots kl_horizon ppo_epochs
+        value_lr cliprange_value beta beta_target"""
+    from_0 = "missing_eos_penalty kl_coef kl_target lam stop_kl ptx_coef sample_every trace"
+    most = dict(minibatches=(0, cfg.batch_size), gamma=(0, 1), lam=(-1, 1), cliprange=(0, 1))
+    common.require(cfg, over_0, from_0, **most)
     if cfg.batch_size % cfg.minibatches:
-        raise common.UserError(
-            f"--batch_size {cfg.batch_size} is not divisible by --minibatches {cfg.minibatches}"
-        )
+        sizes = f"--batch_size {cfg.batch_size}, --minibatches {cfg.minibatches}"
+        raise common.UserError(f"{sizes}: the one is not divisible by the other")
 
 
 def load_value(cfg, device, dtype, tokenizer, reward, reward_tokenizer):
@@ -205,9 +190,7 @@ def load_value(cfg, device, dtype, tokenizer, reward, reward_tokenizer):
     if cfg.value:
         value = common.load_reward(cfg.value, device, dtype)
         if not value.scores_tokens:
-            raise common.UserError(
-                f"--value {cfg.value}: not a causal model, so it has no value for each token"
-            )
+            raise common.UserError(f"--value {cfg.value}: not causal, so no value for each token")
         return value
     if reward is not None and reward.scores_tokens:
         if reward_tokenizer.get_vocab() == tokenizer.get_vocab():
@@ -216,9 +199,7 @@ def load_value(cfg, device, dtype, tokenizer, reward, reward_tokenizer):
                 common.share_weights(reward, value)
             return value
     print("the value model starts from the policy with a zero head")
-    value = common.load_model(
-        AutoModelForSequenceClassification, cfg.policy, device, dtype, num_labels=1
-    )
+    value = common.load_backbone(cfg.policy, device, dtype)
     value.score.float().weight.data.zero_()
     return value
 
@@ -248,16 +229,13 @@ def cut_minibatches(examples, cfg, device, step):
     with the same forward, which is why every ratio is exactly 1 before the first update (within
     bfloat16 rounding where layers are compiled, once with and once without gradients).
     """
-    lengths = [len(ids) for ids, _ in examples]
     generator = common.make_generator("cpu", cfg.seed, step, "minibatches")
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    size = len(examples) // cfg.minibatches
+    parts = torch.randperm(len(examples), generator=generator).chunk(cfg.minibatches)
+    budget = common.token_budget(cfg, device)
     return [
-        [common.collate(examples, rows, device) for rows in common.micro_batches(
-            lengths, common.micro_tokens(cfg, device), common.share(order[start : start + size])
-        )]
-        for start in range(0, len(examples), size)
-    ]  # fmt: skip
+        list(common.batches(examples, budget, device, common.share(part.tolist())))
+        for part in parts
+    ]
 
 
 @torch.no_grad()
@@ -301,7 +279,8 @@ def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg)
         share = batch.mask.sum() / ptx_tokens
         (cfg.ptx_coef * loss * share).backward()
         add_stats(totals, share, dict(ptx_loss=loss.detach()))
-    return common.optimizer_step(policy, optimizer, totals, ids_of(minibatch), cfg)
+    ids = [row for batch in minibatch for row in batch.ids]
+    return common.optimizer_step(policy, optimizer, totals, ids, cfg)
 
 
 def update_value(value, optimizer, minibatch, rollout, cfg):
@@ -318,14 +297,10 @@ def update_value(value, optimizer, minibatch, rollout, cfg):
         share = batch.mask.sum() / tokens
         (loss * share).backward()
         add_stats(totals, share, dict(vf_loss=loss.detach(), vf_clipfrac=clipfrac))
-    stats = common.optimizer_step(value, optimizer, totals, ids_of(minibatch), cfg)
+    ids = [row for batch in minibatch for row in batch.ids]
+    stats = common.optimizer_step(value, optimizer, totals, ids, cfg)
     stats["vf_grad_norm"] = stats.pop("grad_norm")
     return stats
-
-
-def ids_of(minibatch):
-    """For the day something is not finite: the padded token ids."""
-    return lambda: [ids for batch in minibatch for ids in batch.ids.tolist()]
 
 
 def add_stats(totals, share, stats):
@@ -339,9 +314,8 @@ def ptx_batches(demonstrations, number, cfg, device):
         return []
     size = cfg.batch_size // cfg.minibatches
     rows = common.epoch_batch(len(demonstrations), size, number, cfg.seed)
-    lengths = [len(ids) for ids, _ in demonstrations]
-    parts = common.micro_batches(lengths, common.micro_tokens(cfg, device), common.share(rows))
-    return [common.collate(demonstrations, part, device) for part in parts]
+    budget = common.token_budget(cfg, device)
+    return list(common.batches(demonstrations, budget, device, common.share(rows)))
 
 
 def rollout_metrics(rollout, sampler_logprobs):
@@ -365,15 +339,37 @@ def rollout_metrics(rollout, sampler_logprobs):
     )
 
 
+def speeds(times, examples, passes, models, device):
+    """Seconds and tokens/s of the parts of a step, between the `times`; MFU where it is known."""
+    rollout, scoring, update = (end - start for start, end in zip(times, times[1:]))
+    tokens = sum(len(ids) for ids, _ in examples)
+    new_tokens = sum(sum(mask) for _, mask in examples)
+    flops = passes * common.training_flops(models, tokens, new_tokens)
+    return dict(
+        rollout_seconds=rollout, score_seconds=scoring, update_seconds=update,
+        rollout_tokens_per_s=new_tokens / rollout, score_tokens_per_s=tokens / scoring,
+        update_tokens_per_s=passes * tokens / update,
+    ) | common.utilisation(flops, update, device)  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------
 # Looking at what it does
 
 
-def trace_table(tokenizer, response, columns):
-    """One line a token of one episode; `columns` maps a name to its (T,) tensor."""
+def trace_table(tokenizer, response, rollout):
+    """The first episode of the rollout, one line a token."""
+    columns = {
+        "logprob": rollout.logprobs,
+        "ref_logprob": rollout.ref_logprobs,
+        "kl": rollout.logprobs - rollout.ref_logprobs,
+        "reward": rollout.rewards,
+        "value": rollout.values,
+        "advantage": rollout.returns - rollout.values,  # before whitening
+        "return": rollout.returns,
+    }
     lines = ["token".rjust(14) + "".join(name.rjust(12) for name in columns)]
     for t, token in enumerate(response):
-        numbers = "".join(f"{column[t].item():12.4f}" for column in columns.values())
+        numbers = "".join(f"{column[0, t].item():12.4f}" for column in columns.values())
         lines.append(f"{tokenizer.decode([token])!r:>14}" + numbers)
     return "\n".join(lines)
 
@@ -386,56 +382,55 @@ def main(cfg):
     check(cfg)
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
-    embedded = Path(cfg.data).resolve().parent == common.EMBEDDED
-    eval_file = common.EMBEDDED / "eval_prompts.jsonl"
-    train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, eval_file)
+    train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_prompts.jsonl")
     common.make_missing_stages(cfg)
 
     # The four models. What is trained has float32 weights; what is frozen, and the copy of the
     # policy that samples, is bfloat16 on a GPU.
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = common.load_tokenizer(cfg.policy)
     policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device))
-    ref = common.load_policy(cfg.ref or cfg.policy, device, frozen).requires_grad_(False)
-    score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen)
+    ref = common.load_policy(cfg.ref or cfg.policy, device, frozen_dtype).requires_grad_(False)
+    score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen_dtype)
     value = load_value(cfg, device, policy.dtype, tokenizer, reward, reward_tokenizer)
     if cfg.lora_rank and not cfg.ref:  # the reference is the policy without its adapter
         common.share_weights(ref, policy)
-    common.add_lora(policy, cfg)
-    common.add_lora(value, cfg)
     pi_old = policy  # samples before it is updated; a copy only where the dtype differs
-    if frozen != policy.dtype:
-        pi_old = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)
+    if frozen_dtype != policy.dtype:
+        pi_old = common.load_policy(cfg.policy, device, frozen_dtype).requires_grad_(False)
     eos = common.stop_ids(policy, tokenizer)
     gold = common.load_gold(cfg.gold_fn, cfg.data, tokenizer)
 
-    longest = common.prompt_room(policy, cfg)
+    longest = min(common.prompt_room(model, cfg) for model in (policy, ref, value))
     prompts = common.load_prompts(train_rows, tokenizer, longest)
     eval_prompts = common.load_prompts(eval_rows, tokenizer, longest)
     demonstrations = []
     if cfg.ptx_coef:
         rows = common.read_jsonl(cfg.ptx_data)
-        demonstrations = [common.demonstration(tokenizer, row) for row in rows]
+        limit = common.context_length(policy)
+        demonstrations = common.load_demonstrations(rows, tokenizer, limit)
 
-    for model in (policy, value):
-        if cfg.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-    for model in {policy, value, ref, pi_old} | ({reward} if reward else set()):
+    policy_optimizer = common.make_trainable(policy, cfg, cfg.lr)
+    value_optimizer = common.make_trainable(value, cfg, cfg.value_lr)
+    frozen_models = {ref, pi_old, reward} - {policy, None}
+    for model in frozen_models:
         common.compile_layers(model, cfg.compile)
-    policy_optimizer = common.make_adamw(policy, cfg.lr)
-    value_optimizer = common.make_adamw(value, cfg.value_lr)
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
 
-    look = (tokenizer, eos, score, gold, cfg)
-    before = common.evaluate(policy, pi_old, ref, eval_prompts, *look)
-    if embedded:  # words that no training file holds: told apart, since nothing could teach them
+    cached = min(cfg.slots, cfg.batch_size) * (
+        max(len(p["ids"]) for p in prompts) + cfg.max_new_tokens
+    )
+    common.print_memory_plan(device, cfg, [policy, value], frozen_models, pi_old, cached)
+
+    judges = dict(tokenizer=tokenizer, eos=eos, score=score, gold=gold, cfg=cfg)
+    evaluate = partial(common.evaluate, policy, pi_old, ref, **judges)
+    answers, unseen = dict(before=evaluate(eval_prompts)), {}
+    if common.is_embedded(cfg.data):  # words that no training file holds, so nothing teaches them
         rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
         probes = common.load_prompts(rows, tokenizer, longest)
-        unseen_before = common.evaluate(policy, pi_old, ref, probes, *look)
-    run.begin(
-        policy=policy, value=value, policy_optimizer=policy_optimizer,
-        value_optimizer=value_optimizer, coefs=coefs,
-    )  # fmt: skip
+        unseen["before"] = evaluate(probes)
+    optimizers = dict(policy_optimizer=policy_optimizer, value_optimizer=value_optimizer)
+    run.begin(policy=policy, value=value, coefs=coefs, **optimizers)
     common.copy_weights(policy, pi_old)
 
     B = cfg.batch_size
@@ -447,22 +442,19 @@ def main(cfg):
         f"each step {epochs} epochs of {cfg.minibatches} minibatches of {B // cfg.minibatches}; "
         f"at most {cfg.max_new_tokens} new tokens"
     )
-    cached = min(cfg.slots, B) * (max(len(p["ids"]) for p in prompts) + cfg.max_new_tokens)
-    frozen_models = {ref, pi_old} - {policy} | ({reward} if reward else set())
-    common.print_memory_plan(device, cfg, [policy, value], frozen_models, pi_old, cached)
 
     for step in run.steps(cfg.steps):
         # 1. Sample: pi_old answers a batch of prompts.
-        start = common.clock(device)
+        times = [common.clock(device)]
         queries = [prompts[i] for i in common.epoch_batch(len(prompts), B, step, cfg.seed)]
         texts, query_ids = [q["prompt"] for q in queries], [q["ids"] for q in queries]
         generator = common.make_generator(device, cfg.seed, step, "rollout", shared=False)
-        own = common.generate(
+        sampled = common.generate(
             pi_old, common.share(query_ids), cfg.max_new_tokens, eos, cfg.temperature,
             generator=generator, slots=cfg.slots, logprobs=True,
         )  # fmt: skip
-        responses, sampler_logprobs = map(common.gather, own)
-        sampled = common.clock(device)
+        responses, sampler_logprobs = map(common.gather, sampled)
+        times.append(common.clock(device))
 
         # 2. Score: the reward model reads each whole answer; one cut at the limit pays for that,
         # and every token pays for leaving the reference.
@@ -487,15 +479,12 @@ def main(cfg):
 
         # 4. K epochs of the objective on this rollout. Policy and value take turns, so that only
         # one of them holds gradients.
-        scored = common.clock(device)
-        for optimizer, lr in ((value_optimizer, cfg.value_lr), (policy_optimizer, cfg.lr)):
-            lr = common.set_lr(optimizer, lr, step, cfg.steps, cfg.warmup, cfg.lr_schedule)
+        times.append(common.clock(device))
+        common.set_lr(value_optimizer, cfg.value_lr, step, cfg.steps, cfg.warmup, cfg.lr_schedule)
+        lr = common.set_lr(policy_optimizer, cfg.lr, step, cfg.steps, cfg.warmup, cfg.lr_schedule)
         shuffle = common.make_generator("cpu", cfg.seed, step, "epochs")
         history = []  # the statistics of each optimiser step
-        approx_kl = 0.0
         for _ in range(epochs):
-            if cfg.stop_kl and approx_kl > cfg.stop_kl:
-                break
             for i in torch.randperm(cfg.minibatches, generator=shuffle).tolist():
                 number = (step - 1) * epochs * cfg.minibatches + len(history) + 1
                 ptx = ptx_batches(demonstrations, number, cfg, device)
@@ -504,8 +493,9 @@ def main(cfg):
                 )
                 stats |= update_value(value, value_optimizer, minibatches[i], rollout, cfg)
                 history.append(stats)
-                approx_kl = stats["approx_kl"]
-        updated = common.clock(device)
+            if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
+                break
+        times.append(common.clock(device))
 
         # 5. Sync: pi_old <- pi.
         common.copy_weights(policy, pi_old)
@@ -520,52 +510,38 @@ def main(cfg):
                 coefs["kl_coef"], metrics["kl"], cfg.kl_target, B, cfg.kl_horizon
             )
         if cfg.objective == "kl":
-            coefs["beta"] = adapt_beta(coefs["beta"], approx_kl, cfg.beta_target)
+            coefs["beta"] = adapt_beta(coefs["beta"], stats["approx_kl"], cfg.beta_target)
         if step == 1:
             gap = (rollout.logprobs - rollout.ref_logprobs).abs().max().item()
             run.print(f"step 1: KL to the reference {metrics['kl']:.2g}, largest gap {gap:.2g}")
-        tokens = sum(len(ids) for ids, _ in examples)
-        new_tokens = sum(len(response) for response in responses)
         passes = len(history) / cfg.minibatches  # over the rollout, by each of the two models
-        flops = passes * common.training_flops((policy, value), tokens, new_tokens)
+        metrics |= speeds(times, examples, passes, (policy, value), device)
         run.log(
             ("score", "kl", "entropy") + (("gold",) if gold else ()),
             episodes=step * B,
             score=scores.mean().item(),
             score_std=scores.std(correction=0).item(),
             score_penalised=penalised.mean().item(),
-            response_len=new_tokens / B,
+            response_len=rollout.mask.sum().item() / B,
             eos_rate=ended.mean().item(),
             lr=lr,
             epochs=passes,
             **metrics,
-            rollout_seconds=sampled - start,
-            score_seconds=scored - sampled,
-            update_seconds=updated - scored,
-            rollout_tokens_per_s=new_tokens / (sampled - start),
-            score_tokens_per_s=tokens / (scored - sampled),
-            update_tokens_per_s=tokens * passes / (updated - scored),
-            **common.utilisation(flops, updated - scored, device),
         )
         if cfg.sample_every and step % cfg.sample_every == 0:
             for i in range(min(2, B)):
                 answer = tokenizer.decode(responses[i], skip_special_tokens=True)
-                run.print(f"  {str(texts[i])[-200:]}  ->  {answer[:200]}  ({scores[i]:.2f})")
+                prompt = common.as_text(texts[i])[-200:]
+                run.print(f"  {prompt}  ->  {answer[:200]}  ({scores[i]:.2f})")
         if cfg.trace and step % cfg.trace == 0:
-            columns = dict(logprob=rollout.logprobs, ref_logprob=rollout.ref_logprobs)
-            columns |= dict(kl=rollout.logprobs - rollout.ref_logprobs, reward=rollout.rewards)
-            columns |= dict(value=rollout.values, advantage=advantages)
-            columns["return"] = rollout.returns
-            columns = {name: column[0] for name, column in columns.items()}
-            run.print(f"step {step}: {str(texts[0])[-200:]}")
-            run.print(trace_table(tokenizer, responses[0], columns))
+            run.print(f"step {step}: {common.as_text(texts[0])[-200:]}")
+            run.print(trace_table(tokenizer, responses[0], rollout))
 
-    after = common.evaluate(policy, pi_old, ref, eval_prompts, *look)
-    answers = dict(before=before, after=after)
-    results = common.summarise(eval_prompts, **answers) | dict(kl=after["kl"])
-    if embedded:
-        unseen = common.evaluate(policy, pi_old, ref, probes, *look)
-        for when, own in dict(before=unseen_before, after=unseen).items():
+    answers["after"] = evaluate(eval_prompts)
+    results = common.summarise(eval_prompts, **answers) | dict(kl=answers["after"]["kl"])
+    if unseen:
+        unseen["after"] = evaluate(probes)
+        for when, own in unseen.items():
             results[f"gold_{when}_unseen_words"] = (own["gold"] >= 0.5).float().mean().item()
     common.print_table(results, eval_prompts, **answers)
     common.write_samples(run.out / "samples.jsonl", eval_prompts, **answers)

@@ -281,16 +281,15 @@ def select(run, candidates, tokenizer, cfg):
             [x[i] for i in kept]
             for x in (texts, candidate["responses"], candidate["rewards"], candidate["ended"])
         )
-        as_data = lambda text: (  # noqa: E731
-            text if isinstance(prompt, str) else [dict(role="assistant", content=text)]  # noqa: B023
-        )
+        if not isinstance(prompt, str):
+            texts = [[dict(role="assistant", content=text)] for text in texts]
         best, chosen = choose(rewards, ended, number, cfg)
         if best is not None:
-            demonstrations.append(dict(prompt=prompt, completion=as_data(texts[best])))
+            demonstrations.append(dict(prompt=prompt, completion=texts[best]))
         for winner, loser in chosen:
             up, down = texts[winner], texts[loser]
             if up != down:  # they may differ in token ids alone
-                preferences.append(dict(prompt=prompt, chosen=as_data(up), rejected=as_data(down)))
+                preferences.append(dict(prompt=prompt, chosen=up, rejected=down))
                 both = responses[winner], responses[loser]
                 pairs.append([common.join(prompt_ids, response) for response in both])
     ended = np.mean([whole for candidate in candidates for whole in candidate["ended"]])
@@ -308,9 +307,7 @@ def encode_pairs(rows, tokenizer, max_length):
     pairs = []
     for row in rows:
         prompt, *both = common.split_pair(row)
-        prompt_ids = common.encode_prompt(tokenizer, prompt, row["where"])
-        both = [common.encode_response(tokenizer, prompt, text, row["where"]) for text in both]
-        pairs.append([common.join(prompt_ids, response) for response in both])
+        pairs.append([common.encode(tokenizer, prompt, text, row["where"]) for text in both])
     return common.keep_short(pairs, max_length, longest, "pairs")
 
 
@@ -332,7 +329,7 @@ def pair_logprobs(model, pairs, temperature):
 def micro_batches(pairs, rows, cfg, device):
     """The pairs `rows` in lists whose padded tokens fit the budget; a pair's two stay together."""
     tokens = {row: 2 * longest(pairs[row]) for row in rows}
-    return common.micro_batches(tokens, common.micro_tokens(cfg, device), rows)
+    return common.micro_batches(tokens, common.token_budget(cfg, device), rows)
 
 
 @torch.no_grad()
@@ -351,10 +348,8 @@ def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
     names = ("loss", "accuracy", "margin", "chosen_logratio", "rejected_logratio")
     totals = torch.zeros(len(names), device=policy.device)
     for rows in micro_batches(pairs, common.share(batch), cfg, policy.device):
-        ref_chosen, ref_rejected = (
-            torch.tensor([ref_logprobs[key][row] for row in rows], device=policy.device)
-            for key in ("chosen", "rejected")
-        )
+        both = [[ref_logprobs[key][row] for row in rows] for key in ("chosen", "rejected")]
+        ref_chosen, ref_rejected = torch.tensor(both, device=policy.device)
         chosen, rejected = pair_logprobs(policy, [pairs[row] for row in rows], cfg.temperature)
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss)
         share = len(rows) / len(batch)
@@ -365,8 +360,8 @@ def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
             stats = (loss, (margin > 0).float().mean(), margin.mean(), up.mean(), down.mean())
             totals += share * torch.stack(stats)
     stats = dict(zip(names, totals))
-    batch_ids = lambda: [ids for row in batch for ids, _ in pairs[row]]  # noqa: E731
-    return common.optimizer_step(policy, optimizer, stats, batch_ids, cfg)
+    ids = [ids for row in batch for ids, _ in pairs[row]]
+    return common.optimizer_step(policy, optimizer, stats, ids, cfg)
 
 
 def train_on_pairs(run, policy, optimizer, pairs, ref_logprobs, cfg):
@@ -375,8 +370,7 @@ def train_on_pairs(run, policy, optimizer, pairs, ref_logprobs, cfg):
         raise common.UserError("no pairs to learn from: see the counts above")
     if not ref_logprobs:  # the policy still is the reference
         ref_logprobs |= all_logprobs(policy, pairs, cfg)
-    steps = math.ceil(cfg.epochs * len(pairs) / cfg.batch_size)
-    steps = min(steps, cfg.steps or steps)
+    steps = common.total_steps(cfg, len(pairs))
     print(
         f"Preference step ({cfg.loss}) on {policy.device}: {policy.num_parameters() / 1e6:.1f}M "
         f"parameters, {len(pairs)} pairs, {steps} steps of {cfg.batch_size}"
@@ -392,10 +386,8 @@ def train_on_pairs(run, policy, optimizer, pairs, ref_logprobs, cfg):
 def held_out_accuracy(policy, ref, pairs, cfg):
     """Share of pairs with h > 0: those the policy moved the right way, a tie counts half."""
     new, old = all_logprobs(policy, pairs, cfg), all_logprobs(ref, pairs, cfg)
-    h = [a - b - c + d for a, b, c, d in zip(
-        new["chosen"], old["chosen"], new["rejected"], old["rejected"]
-    )]  # fmt: skip
-    return sum(0.5 if x == 0 else float(x > 0) for x in h) / len(h)
+    up, down = (np.subtract(new[key], old[key]) for key in ("chosen", "rejected"))
+    return float(np.mean((np.sign(up - down) + 1) / 2))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -406,10 +398,8 @@ def judge_best(candidates, gold, tokenizer, cfg):
     """Best-of-N on held-out prompts: its answers, as `common.evaluate` gives a policy's, and the
     curve over n = 1, 2, 4, ... up to N: bound of the KL, mean score, share of good answers.
     """
-    rewards, scores, ended = (  # (P, N) each
-        torch.tensor([candidate[key] for candidate in candidates])
-        for key in ("rewards", "scores", "ended")
-    )
+    column = lambda key: torch.tensor([candidate[key] for candidate in candidates])  # noqa: E731
+    rewards, scores, ended = column("rewards"), column("scores"), column("ended")  # (P, N) each
     prompts = [candidate["prompt"] for candidate in candidates for _ in range(cfg.n)]
     prompt_ids = [candidate["prompt_ids"] for candidate in candidates for _ in range(cfg.n)]
     responses = [response for candidate in candidates for response in candidate["responses"]]
@@ -426,13 +416,15 @@ def judge_best(candidates, gold, tokenizer, cfg):
         curve.append(point)
     best = best_that_ended(rewards, ended)  # (P,)
     rows = torch.arange(len(best))
-    texts = [
-        tokenizer.decode(candidate["responses"][i], skip_special_tokens=True)
-        for candidate, i in zip(candidates, best)
-    ]
-    answers = dict(texts=texts, scores=scores[rows, best], kl=None)  # there is a bound only
-    answers |= dict(gold=judged[rows, best] if gold else None)
-    return answers | dict(eos_rate=ended[rows, best].float().mean().item()), curve
+    chosen = [candidate["responses"][i] for candidate, i in zip(candidates, best)]
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in chosen]
+    return dict(
+        texts=texts,
+        scores=scores[rows, best],
+        gold=judged[rows, best] if gold else None,
+        eos_rate=ended[rows, best].float().mean().item(),
+        kl=None,  # there is a bound only
+    ), curve
 
 
 def print_curve(curve):
@@ -467,12 +459,9 @@ def answer(cfg, device, dtype):
 
 
 def check(cfg):
-    common.require(
-        cfg, max_prompt_tokens=(0, None), n=(0, None), max_new_tokens=(0, None),
-        temperature=(0, None), slots=(0, None), missing_eos_penalty=(-1e-9, None),
-        rso_beta=(0, None), num_samples=(1, None), beta=(0, None), epochs=(0, None),
-        steps=(-1, None), max_length=(1, None),
-    )  # fmt: skip
+    over_0 = "max_prompt_tokens n max_new_tokens temperature slots rso_beta beta epochs"
+    most = dict(num_samples=(1, math.inf), max_length=(1, math.inf))
+    common.require(cfg, over_0, "missing_eos_penalty steps", **most)
     if cfg.method == "rso" and cfg.num_samples >= cfg.n and not (cfg.pairs or cfg.prompt):
         raise common.UserError(
             f"--num_samples {cfg.num_samples}: of {cfg.n} answers (--n) none would be rejected"
@@ -489,24 +478,24 @@ def main(cfg):
         cfg = replace(cfg, reward=cfg.reward or "out/reward")
     check(cfg)
     device = common.choose_device(cfg.device)
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if cfg.prompt:
         common.make_missing_stages(cfg)
-        answer(cfg, device, frozen)
+        answer(cfg, device, frozen_dtype)
         return
 
     run = common.Run(cfg)
-    eval_file = common.EMBEDDED / "eval_prompts.jsonl"
-    rows, eval_rows = common.read_split(cfg.pairs or cfg.data, cfg.eval_data, eval_file)
+    data = cfg.pairs or cfg.data
+    rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_prompts.jsonl")
     common.make_missing_stages(cfg)
     tokenizer = common.load_tokenizer(cfg.policy)
-    ref = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)  # samples, too
+    ref = common.load_policy(cfg.policy, device, frozen_dtype).requires_grad_(False)  # samples, too
     common.compile_layers(ref, cfg.compile)
     eos = common.stop_ids(ref, tokenizer)
     score = None
     if cfg.reward or cfg.reward_fn:
-        score, *_ = common.load_scorer(cfg, tokenizer, device, frozen)
-    gold = common.load_gold(cfg.gold_fn, cfg.pairs or cfg.data, tokenizer)
+        score, *_ = common.load_scorer(cfg, tokenizer, device, frozen_dtype)
+    gold = common.load_gold(cfg.gold_fn, data, tokenizer)
     room = common.prompt_room(ref, cfg)
     eval_prompts = common.load_prompts(eval_rows, tokenizer, room)
     if cfg.pairs:
@@ -521,11 +510,7 @@ def main(cfg):
         policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device))
         if cfg.lora_rank:  # the reference is the policy without its adapter
             common.share_weights(ref, policy)
-        common.add_lora(policy, cfg)
-        if cfg.gradient_checkpointing:
-            policy.gradient_checkpointing_enable()
-        common.compile_layers(policy, cfg.compile)
-        optimizer = common.make_adamw(policy, cfg.lr)
+        optimizer = common.make_trainable(policy, cfg, cfg.lr)
         common.print_memory_plan(device, cfg, [policy], [ref])
         tracked = dict(policy=policy, optimizer=optimizer, ref_logprobs=ref_logprobs)
     look = (tokenizer, eos, score, gold, cfg)
@@ -550,8 +535,8 @@ def main(cfg):
             results["accuracy"] = held_out_accuracy(policy, ref, eval_pairs, cfg)
             print(f"held-out pairs moved the right way: {results['accuracy']:.1%}")
         sampler = policy
-        if frozen != policy.dtype:
-            sampler = common.load_policy(cfg.policy, device, frozen).requires_grad_(False)
+        if frozen_dtype != policy.dtype:
+            sampler = common.load_policy(cfg.policy, device, frozen_dtype).requires_grad_(False)
             common.copy_weights(policy, sampler)
             common.compile_layers(sampler, cfg.compile)
         answers["after"] = common.evaluate(policy, sampler, ref, eval_prompts, *look)

@@ -22,7 +22,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification
 from transformers.hf_argparser import HfArg
 
 import common
@@ -119,9 +118,7 @@ def encode(tokenizer, row):
     elif "responses" in row:
         prompt, responses, targets = common.field(row, "prompt"), row["responses"], row.get("ranks")
         form = "listwise"
-        whole = isinstance(targets, list) and all(
-            type(rank) is int and rank >= 1 for rank in targets
-        )
+        whole = isinstance(targets, list) and all(type(r) is int and r >= 1 for r in targets)
         if not isinstance(responses, list) or len(responses) < 2:
             raise common.UserError(f'{where}: "responses" must be a list of at least two')
         if not whole or len(targets) != len(responses):
@@ -134,27 +131,22 @@ def encode(tokenizer, row):
         targets, form = [row.get("score")], "pointwise"
         if type(targets[0]) not in (int, float) or not math.isfinite(targets[0]):
             raise common.UserError(f'{where}: "score" must be a finite number')
-    prompt_ids = common.encode_prompt(tokenizer, prompt, where)
-    examples = [
-        common.join(prompt_ids, common.encode_response(tokenizer, prompt, r, where))
-        for r in responses
-    ]
+    examples = [common.encode(tokenizer, prompt, response, where) for response in responses]
     return Judgement(examples, targets, form)
 
 
 def load_judgements(cfg, tokenizer, max_length):
     """Training and held-out judgements; the training ones must fit --loss."""
     data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
-    rows = common.read_split(data, cfg.eval_data, common.EMBEDDED / "eval_pairs.jsonl")
+    rows = common.read_split(data, cfg.eval_data, "eval_pairs.jsonl")
     splits = []
     for part, form in zip(rows, (cfg.loss, None)):
         judgements = [encode(tokenizer, row) for row in part]
         form = form or judgements[0].form  # held-out data may have another form, but one
         for row, judgement in zip(part, judgements):
             if judgement.form != form:
-                raise common.UserError(
-                    f"{row['where']}: {judgement.form} data, expected {form} (--loss {cfg.loss})"
-                )
+                found = f"{row['where']}: {judgement.form} data"
+                raise common.UserError(f"{found}, expected {form} (--loss {cfg.loss})")
         # A ranking of ties orders nothing.
         judgements = [j for j in judgements if j.form == "pointwise" or len(set(j.targets)) > 1]
         if not judgements:
@@ -195,28 +187,18 @@ def micro_batches(judgements, micro_tokens, rows=None):
 @torch.no_grad()
 def evaluate(model, judgements, micro_tokens):
     """Held-out accuracy with its 95% interval, and the loss of the data's own form."""
-    right = pairs = loss = 0.0
-    points = []
+    n, form, loss = len(judgements), judgements[0].form, 0.0
+    lists = []  # of (reward, rank)
     for rows in micro_batches(judgements, micro_tokens):
         part = [judgements[row] for row in rows]
         rewards, targets, mask = forward(model, part)
-        loss += reward_loss(part[0].form, rewards, targets, mask).item() * len(part)
-        for row in range(len(part)):
-            K = len(part[row].targets)
-            if part[0].form == "pointwise":  # a higher score is better, a lower rank is
-                points.append((rewards[row, 0].item(), -targets[row, 0].item()))
-            else:
-                counts = ordered_right(
-                    list(zip(rewards[row, :K].tolist(), targets[row, :K].tolist()))
-                )
-                right, pairs = right + counts[0], pairs + counts[1]
-    if points:
-        right, pairs = ordered_right(points)
-    n = len(judgements)
-    accuracy = interval = None  # a single point orders nothing
-    if pairs:
-        accuracy = right / pairs
-        interval = wilson_interval(accuracy, n)
+        loss += reward_loss(form, rewards, targets, mask).item() * len(part)
+        lists += [list(zip(own, j.targets)) for own, j in zip(rewards.tolist(), part)]
+    if form == "pointwise":  # one list of all points; a higher score is better, a lower rank is
+        lists = [[(reward, -score) for [(reward, score)] in lists]]
+    right, pairs = map(sum, zip(*map(ordered_right, lists)))
+    accuracy = right / pairs if pairs else None  # a single point orders nothing
+    interval = wilson_interval(accuracy, n) if pairs else None
     return dict(accuracy=accuracy, interval=interval, loss=loss / n, n=n)
 
 
@@ -246,50 +228,38 @@ def new_reward_model(path, tokenizer, device, seed, dtype=torch.float32):
     is not pad, which must be EOS.
     """
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        spare = [
-            t
-            for t in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
-            if t
-        ]
-        spare = [t for t in spare if t != tokenizer.eos_token]
+        special = (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
+        spare = [token for token in special if token not in (None, tokenizer.eos_token)]
         if not spare:
             raise common.UserError(f"{path}: no special token but EOS, so none is left to pad with")
         tokenizer.pad_token = spare[0]
-    model = common.load_model(
-        AutoModelForSequenceClassification, path, device, dtype, num_labels=1
-    )
+    model = common.load_backbone(path, device, dtype)
     if not hasattr(model, "score"):
-        raise common.UserError(
-            f"{path}: {common.architecture(model)} is no causal language model to build on"
-        )
+        kind = common.architecture(model)
+        raise common.UserError(f"{path}: {kind} is no causal language model to build on")
     model.config.pad_token_id = tokenizer.pad_token_id
     hidden = model.score.float().weight.shape[1]
     generator = common.make_generator("cpu", seed, "head")
     # N(0, 1 / (d + 1)), as in Ziegler et al. 2019: scores start near 0 whatever the width.
-    model.score.weight.data.copy_(
-        torch.randn(1, hidden, generator=generator) / math.sqrt(hidden + 1)
-    )
+    head = torch.randn(1, hidden, generator=generator) / math.sqrt(hidden + 1)
+    model.score.weight.data.copy_(head)
     model.scores_tokens = True
     return model
 
 
 @torch.no_grad()
 def mean_of_best(model, judgements, micro_tokens):
-    """Mean score of each judgement's best response: the zero of the reward scale, as
-    InstructGPT's demonstrations are.
-    """
+    """Mean score of the best responses: the zero, as InstructGPT's demonstrations are."""
     total = 0.0
     for rows in micro_batches(judgements, micro_tokens):
         rewards, targets, mask = forward(model, [judgements[row] for row in rows])
-        best = targets.masked_fill(mask == 0, torch.inf).argmin(
-            1
-        )  # rank 1; a point has one response
+        best = targets.masked_fill(mask == 0, torch.inf).argmin(1)  # (B,): a point has one
         total += common.take(rewards, best[:, None]).sum().item()
     return total / len(judgements)
 
 
 def check(cfg):
-    common.require(cfg, epochs=(0, None), steps=(-1, None), max_length=(1, None))
+    common.require(cfg, "epochs", "steps", max_length=(1, math.inf))
 
 
 def main(cfg):
@@ -302,16 +272,11 @@ def main(cfg):
     longest = min(cfg.max_length, common.context_length(model))
     judgements, eval_judgements = load_judgements(cfg, tokenizer, longest)
 
-    common.add_lora(model, cfg)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    common.compile_layers(model, cfg.compile)
-    optimizer = common.make_adamw(model, cfg.lr)
+    optimizer = common.make_trainable(model, cfg, cfg.lr)
     run.begin(model=model, optimizer=optimizer)
 
-    micro_tokens = common.micro_tokens(cfg, device)
-    steps = math.ceil(cfg.epochs * len(judgements) / cfg.batch_size)
-    steps = min(steps, cfg.steps or steps)
+    micro_tokens = common.token_budget(cfg, device)
+    steps = common.total_steps(cfg, len(judgements))
     print(
         f"Reward model: {model.num_parameters() / 1e6:.1f}M parameters on {device}, {cfg.loss}, "
         f"{len(judgements)} judgements, {steps} steps of {cfg.batch_size}"
@@ -330,8 +295,8 @@ def main(cfg):
             loss += micro_loss.detach()
 
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-        batch_ids = lambda: [ids for row in rows for ids, _ in judgements[row].examples]  # noqa: E731
-        stats = common.optimizer_step(model, optimizer, dict(loss=loss), batch_ids, cfg)
+        ids = [ids for row in rows for ids, _ in judgements[row].examples]
+        stats = common.optimizer_step(model, optimizer, dict(loss=loss), ids, cfg)
         run.log(("loss", "lr"), lr=lr, **stats)
 
     model.config.reward_mean = mean_of_best(model, judgements[:500], micro_tokens)

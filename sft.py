@@ -63,7 +63,7 @@ class Config:
 
 
 def check(cfg):
-    common.require(cfg, epochs=(0, None), steps=(-1, None), max_length=(1, None))
+    common.require(cfg, "epochs", "steps", max_length=(1, math.inf))
     if cfg.lora_rank and not cfg.model:
         raise common.UserError("--lora_rank: adapters need a --model that has learned something")
 
@@ -83,12 +83,9 @@ def new_tokenizer(texts, vocab_size=2048):
     tokenizer = Tokenizer(models.BPE())
     # Chinese has no spaces: each character is a word, or BPE would merge whole sentences into
     # tokens of no use elsewhere.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    by_character = pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated")
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_character, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<bos>", "<eos>"]
     trainer = trainers.BpeTrainer(
@@ -138,8 +135,7 @@ def new_model(tokenizer, seed):
 def evaluate(model, examples, micro_tokens):
     """Mean negative log-likelihood of the response tokens, in nats."""
     total = tokens = 0.0
-    for rows in common.micro_batches([len(ids) for ids, _ in examples], micro_tokens):
-        batch = common.collate(examples, rows, model.device)
+    for batch in common.batches(examples, micro_tokens, model.device):
         logprobs = common.response_logprobs(model, batch)  # (b, R)
         total -= (logprobs * batch.mask).sum().item()
         tokens += batch.mask.sum().item()
@@ -150,9 +146,7 @@ def main(cfg):
     check(cfg)
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
-    train_rows, eval_rows = common.read_split(
-        cfg.data, cfg.eval_data, common.EMBEDDED / "eval_sft.jsonl"
-    )
+    train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_sft.jsonl")
 
     if cfg.model:
         tokenizer = common.load_tokenizer(cfg.model)
@@ -161,23 +155,15 @@ def main(cfg):
         tokenizer = new_tokenizer(texts_of(train_rows))
         model = new_model(tokenizer, cfg.seed).to(device)
 
-    def encode(rows):
-        examples = [common.demonstration(tokenizer, row) for row in rows]
-        limit = min(cfg.max_length, common.context_length(model))
-        return common.keep_short(examples, limit, lambda example: len(example[0]), "demonstrations")
+    limit = min(cfg.max_length, common.context_length(model))
+    examples = common.load_demonstrations(train_rows, tokenizer, limit)
+    eval_examples = common.load_demonstrations(eval_rows, tokenizer, limit)
 
-    examples, eval_examples = encode(train_rows), encode(eval_rows)
-
-    common.add_lora(model, cfg)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    common.compile_layers(model, cfg.compile)
-    optimizer = common.make_adamw(model, cfg.lr)
+    optimizer = common.make_trainable(model, cfg, cfg.lr)
     run.begin(model=model, optimizer=optimizer)
 
-    micro_tokens = common.micro_tokens(cfg, device)
-    steps = math.ceil(cfg.epochs * len(examples) / cfg.batch_size)
-    steps = min(steps, cfg.steps or steps)
+    micro_tokens = common.token_budget(cfg, device)
+    steps = common.total_steps(cfg, len(examples))
     tokens = sum(sum(mask) for _, mask in examples)
     print(
         f"SFT on {device}: {model.num_parameters() / 1e6:.1f}M parameters, {len(examples)} "
@@ -189,9 +175,7 @@ def main(cfg):
         rows = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
         batch_tokens = sum(sum(examples[row][1]) for row in rows)
         loss = torch.zeros((), device=device)
-        lengths, own = [len(ids) for ids, _ in examples], common.share(rows)
-        for part in common.micro_batches(lengths, micro_tokens, own):
-            batch = common.collate(examples, part, device)
+        for batch in common.batches(examples, micro_tokens, device, common.share(rows)):
             logprobs = common.response_logprobs(model, batch)  # (b, R)
             # Every token of the whole batch weighs the same, however the batch is cut.
             micro_loss = -(logprobs * batch.mask).sum() / batch_tokens
@@ -199,8 +183,8 @@ def main(cfg):
             loss += micro_loss.detach()
 
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-        batch_ids = lambda: [examples[row][0] for row in rows]  # noqa: B023, E731
-        stats = common.optimizer_step(model, optimizer, dict(loss=loss), batch_ids, cfg)
+        ids = [examples[row][0] for row in rows]
+        stats = common.optimizer_step(model, optimizer, dict(loss=loss), ids, cfg)
         run.log(("loss", "lr"), lr=lr, tokens=batch_tokens, **stats)
 
     loss = evaluate(model, eval_examples, micro_tokens)

@@ -19,7 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import CONFIGS, STAGES, fork, make_llama, make_tokenizer, rows_of, write_data
+from conftest import (
+    CONFIGS,
+    STAGES,
+    fork,
+    make_llama,
+    make_tokenizer,
+    rows_of,
+    write_data,
+)
 from test_faults import assert_same
 
 torch.set_num_threads(1)

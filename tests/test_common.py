@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import math
 import os
 import signal
 from dataclasses import dataclass
@@ -1334,7 +1335,7 @@ def test_a_folder_that_is_not_empty_is_refused_in_one_line(tmp_path):
 def test_a_folder_that_is_no_run_is_never_overwritten_or_resumed(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     for flag in ("overwrite", "resume"):
-        with pytest.raises(UserError, match="not empty"):
+        with pytest.raises(UserError, match="not empty and holds no run"):
             common.Run(Settings(out=str(tmp_path), **{flag: True}))
     assert (tmp_path / "thesis.txt").exists()
 
@@ -1370,9 +1371,9 @@ def test_a_finished_run_loads_has_no_checkpoints_and_is_refused_on_resume(tmp_pa
 
 def test_require_wants_values_over_the_first_bound_and_at_most_the_second():
     cfg = sft.Config(lr=0.5)
-    common.require(cfg, lr=(0, None))
+    common.require(cfg, lr=(0, math.inf))
     common.require(cfg, lr=(0, 0.5))
-    for value, bounds in [(0.5, (0.5, None)), (0.5, (0, 0.4)), (float("nan"), (0, None))]:
+    for value, bounds in [(0.5, (0.5, math.inf)), (0.5, (0, 0.4)), (float("nan"), (0, math.inf))]:
         with pytest.raises(UserError, match="--lr"):
             common.require(sft.Config(lr=value), lr=bounds)
 

@@ -397,13 +397,13 @@ def test_a_step_that_is_not_finite_touches_no_weight(tmp_path):
     for value in (torch.inf, torch.nan):
         model(torch.tensor([[1.0, value, 1.0]])).sum().backward()
         with pytest.raises(common.UserError, match="grad_norm"):
-            common.optimizer_step(model, optimizer, dict(loss=torch.ones(())), lambda: [[5]], cfg)
+            common.optimizer_step(model, optimizer, dict(loss=torch.ones(())), [[5]], cfg)
         optimizer.zero_grad()
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
         assert not optimizer.state
         assert json.loads((tmp_path / "nonfinite.json").read_text())["ids"] == [[5]]
     model(torch.ones(1, 3)).sum().backward()
-    stats = common.optimizer_step(model, optimizer, dict(loss=torch.ones(())), lambda: [[5]], cfg)
+    stats = common.optimizer_step(model, optimizer, dict(loss=torch.ones(())), [[5]], cfg)
     assert stats["loss"] == 1 and stats["grad_norm"] == pytest.approx(2.0)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())

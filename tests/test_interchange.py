@@ -77,13 +77,17 @@ def test_a_community_reward_model_of_another_family(tmp_path, data, sft_folder, 
     flags["eval_data"] = str(data / "chat_prompts.jsonl")
     cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags, max_new_tokens=12)
     ppo.main(cfg)
+    cut = []
     for sample in rows_of(cfg.out, "samples"):
         answer = [dict(role="assistant", content=sample["after"])]
         text = tokenizer.apply_chat_template(sample["prompt"] + answer, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            expected = theirs(ids).logits.item()
-        assert sample["score_after"] == pytest.approx(expected, abs=1e-4)
+            expected = [theirs(torch.tensor([ids])).logits.item() for ids in (whole, whole[:-1])]
+        gaps = [abs(sample["score_after"] - score) for score in expected]
+        assert min(gaps) < 1e-4 < max(gaps)
+        cut.append(gaps[1] < gaps[0])  # an answer that was cut is read without its end token
+    assert 1 - sum(cut) / len(cut) == pytest.approx(eval_of(cfg.out)["eos_rate_after"])
 
 
 # TRL

@@ -367,7 +367,7 @@ def test_a_constant_reward_leaves_no_nan_in_the_log(tmp_path, data, sft_folder):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_reward_model_with_another_tokenizer_reads_the_text(
-    tmp_path, data, sft_folder, tiny_tokenizer, tiny_llama, kind
+    tmp_path, data, sft_folder, tiny_tokenizer, tiny_llama, kind, monkeypatch
 ):
     other = tiny_tokenizer(290)
     if kind == "llama":
@@ -393,20 +393,34 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(
         data, sft_folder, tmp_path / "ppo", reward_fn="", reward=str(tmp_path / "r"),
         max_new_tokens=12,
     )  # fmt: skip
+    said = {"before": [], "after": []}  # token ids, to know which ones were cut
+    generate = common.generate
+
+    def listen(model, prompts, *args, logprobs=False, **kwargs):
+        answers = generate(model, prompts, *args, logprobs=logprobs, **kwargs)
+        if not logprobs:
+            said["after" if said["before"] else "before"] = answers
+        return answers
+
+    monkeypatch.setattr(common, "generate", listen)
     ppo.main(cfg)
     samples = rows_of(cfg.out, "samples")
+    endings = set()
     for when in ("before", "after"):
         inputs = []
-        for sample in samples:
+        for sample, ids in zip(samples, said[when]):
             if kind == "bert":  # a text pair, told apart by its token types
                 inputs.append(other(sample["prompt"], sample[when]))
                 assert set(inputs[-1]["token_type_ids"]) == {0, 1}
             else:
-                response = other(sample[when], add_special_tokens=False)["input_ids"] + [2]
+                ended = [2] if ids[-1] == 2 else []  # a cut answer gets no EOS
+                endings.add(len(ended))
+                response = other(sample[when], add_special_tokens=False)["input_ids"] + ended
                 inputs.append(dict(input_ids=other(sample["prompt"])["input_ids"] + response))
         expected = plain_scores(tmp_path / "r", inputs)
         assert [s[f"score_{when}"] for s in samples] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 1e-3
+    assert endings == ({0, 1} if kind == "llama" else set())
     if kind == "bert":  # no value for each token
         with pytest.raises(common.UserError, match="causal"):
             ppo.main(replace(cfg, value=str(tmp_path / "r"), out=str(tmp_path / "v")))
