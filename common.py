@@ -497,9 +497,12 @@ def choose_device(name):
 
 @contextmanager
 def loading(path, what):
+    """One line for what transformers raises where `path` holds no such thing, or a broken one."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no {what} to load ({why})") from None
 

@@ -61,6 +61,10 @@ BAD = [
     ("sft", dict(max_length=2), "2 tokens"),
     ("sft", dict(model="NOEOS"), "EOS"),
     ("sft", dict(model="data"), "data"),
+    ("sft", dict(model="CUT"), "CUT: no model to load"),
+    ("sft", dict(model="UNFIT"), "UNFIT: no model to load"),
+    ("sft", dict(model="", lora_rank=4), "--lora_rank"),
+    ("sft", dict(lora_rank=-1), "--lora_rank"),
     ("sft", dict(data="typed.jsonl"), 'typed.jsonl:1: "prompt"'),
     ("sft", dict(data="blank.jsonl"), 'blank.jsonl:1: "prompt" is empty'),
     ("sft", dict(data="silent.jsonl"), 'silent.jsonl:1: "completion" is empty'),
@@ -116,6 +120,18 @@ BAD = [
 ]
 
 
+def cut_weights(folder):
+    """As an interrupted download leaves them."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def widen(folder):
+    """A config that does not fit its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(intermediate_size=65)))
+
+
 @pytest.mark.parametrize("name, flags, says", BAD)
 def test_bad_input_is_one_line_and_nothing_written(
     tmp_path, data, sft_folder, reward_folder, monkeypatch, capsys, name, flags, says
@@ -136,6 +152,9 @@ def test_bad_input_is_one_line_and_nothing_written(
     no_eos = AutoTokenizer.from_pretrained(sft_folder)
     no_eos.eos_token = None
     no_eos.save_pretrained(tmp_path / "NOEOS")
+    for name_of, spoil in (("CUT", cut_weights), ("UNFIT", widen)):
+        shutil.copytree(sft_folder, tmp_path / name_of)
+        spoil(tmp_path / name_of)
     (tmp_path / "data").mkdir()
     (tmp_path / "rules.py").write_text(
         "raises = lambda prompts, responses: [1 / 0]\n"
@@ -480,3 +499,28 @@ def test_the_memory_plan_counts_what_is_there(capsys):
     activations = 2**20 * 2 * 32 * 34
     parts = [(4 + 4 + 2) * P, 4 * P, 16 * P, kv, activations]
     assert numbers == pytest.approx([x / 2**30 for x in [*parts, sum(parts)]], abs=0.006)
+
+
+@pytest.mark.slow  # it trains the embedded world's first steps
+def test_sigterm_reaches_a_stage_that_ppo_started(tmp_path):
+    """It went on alone once, without its parent."""
+    command = [sys.executable, str(ROOT / "ppo.py"), "--device", "cpu"]
+    run = subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    metrics = tmp_path / "out/sft/metrics.jsonl"
+    end = time.time() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.time() < end:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=30) == 143
+    assert list((tmp_path / "out/sft").glob("checkpoint-*/state.pt"))
+    size = metrics.stat().st_size
+    time.sleep(2)
+    assert metrics.stat().st_size == size  # nobody writes any more
+
+
+def test_demonstrations_for_ptx_are_cut_to_the_context(tmp_path, data, sft_folder, capsys):
+    long = [dict(prompt="the sea", completion="boat " * 400)]
+    write(tmp_path / "long.jsonl", long + [dict(prompt="the sea", completion="boat")] * 4)
+    flags = dict(ptx_coef=0.1, ptx_data=str(tmp_path / "long.jsonl"))
+    STAGES["ppo"].main(CONFIGS["ppo"](data, sft_folder, tmp_path / "out", **flags))
+    assert "1 of 5 demonstrations left out: longer than 256 tokens" in capsys.readouterr().out
