@@ -3,10 +3,13 @@
     log-probs and GAE    token_logprobs, masked_mean, whiten, gae
     generation           generate: K/V slots, ragged prompts, no left padding
     models               load_policy, load_reward, response_logprobs, sequence_scores
+    training             optimizer_step, rates, seeds
     data                 JSONL rows, chat templates, batches padded on the right
     scores               of a reward model or a rule
     answers              before and after, side by side
-    the run folder       Run: settings, metrics, checkpoints, Ctrl-C; the command line
+
+and, for those who need it, adapters (LoRA), several processes, and the plumbing: the run folder
+(Run: settings, metrics, checkpoints, Ctrl-C), the report, speed and memory, the command line.
 
 Shapes: B sequences, T tokens, R response tokens, V vocabulary, d hidden size. A sequence is prompt
 and response, contiguous and padded on the right only: causal attention never looks right, so no
@@ -687,146 +690,9 @@ def sequence_scores(model, batch):
     return logits.squeeze(-1).float() - getattr(model.config, "reward_mean", 0.0)
 
 
-# LoRA (Hu et al. 2021): the weights stay as they are, and each linear layer of the blocks learns an
-# update of low rank. So two models can share one backbone, each with an adapter of its own.
-
-
-class LoRALinear(torch.nn.Linear):
-    """x -> (W + scale B A) x, with W frozen, A (r, in) and B (out, r) in float32."""
-
-    def __init__(self, linear, rank, scale):
-        torch.nn.Module.__init__(self)
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        self.out_features, self.in_features = linear.weight.shape
-        zeros = partial(torch.zeros, device=linear.weight.device)
-        self.lora_A = torch.nn.Parameter(zeros(rank, self.in_features))
-        self.lora_B = torch.nn.Parameter(zeros(self.out_features, rank))
-
-    def forward(self, x):
-        y = super().forward(x)
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return y + (self.scale * update).to(y.dtype)
-
-    def merged(self):
-        return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
-
-
-def trained_dtype(cfg, device):
-    """float32, or where only adapters are trained the dtype of frozen models."""
-    return torch.bfloat16 if device.type == "cuda" and cfg.lora_rank else torch.float32
-
-
-def add_lora(model, cfg):
-    """With --lora_rank: freeze the model, but for a score head, and give every linear layer of its
-    blocks an adapter, in place.
-
-    A is from N(0, 1/r) and B is zero, so that the model is exactly what it was. Raises UserError
-    where there is no such layer.
-    """
-    if not cfg.lora_rank:
-        return
-    model.requires_grad_(False)
-    if hasattr(model, "score"):
-        model.score.requires_grad_(True)
-    generator = make_generator("cpu", cfg.seed, "lora")
-    found = [
-        (block, name, linear)
-        for layer in blocks(model)
-        for block in layer.modules()
-        for name, linear in block.named_children()
-        if type(linear) is torch.nn.Linear
-    ]
-    if not found:
-        raise UserError(f"--lora_rank: {type(model).__name__} has no linear layers in its blocks")
-    for block, name, linear in found:
-        lora = LoRALinear(linear, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank)
-        shape = lora.lora_A.shape
-        lora.lora_A.data.copy_(torch.randn(shape, generator=generator) / cfg.lora_rank)
-        setattr(block, name, lora)
-    model.lora = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
-
-
-def share_weights(source, target):
-    """Let `target` hold the very tensors of `source`; a score head stays its own."""
-    weights = {k: v for k, v in source.state_dict().items() if not k.startswith("score.")}
-    target.load_state_dict(weights, strict=False, assign=True)
-    target.tie_weights()
-
-
-def save_model(model, folder, merge=False):
-    """A folder that transformers loads; of a model with LoRA the adapter alone, in PEFT's format,
-    unless it is to `merge`.
-    """
-    layers = {k: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers:
-        model.save_pretrained(folder)
-        return
-    if merge:
-        weights = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
-        weights |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
-        model.save_pretrained(folder, state_dict=weights)
-        return
-    score = hasattr(model, "score")
-    base = model.config.name_or_path
-    settings = dict(
-        peft_type="LORA", task_type="SEQ_CLS" if score else "CAUSAL_LM", inference_mode=True,
-        base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
-        target_modules=sorted({name.rpartition(".")[2] for name in layers}), lora_dropout=0.0,
-        bias="none", modules_to_save=["score"] if score else None, **model.lora,
-    )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        f"base_model.model.{name}" + (".weight" if ".lora_" in name else ""): weight.contiguous()
-        for name, weight in model.state_dict().items()
-        if ".lora_" in name or name.startswith("score.")
-    }
-    save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
-    write_json(folder / "adapter_config.json", settings)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)  # it holds a reward model's stored mean
-
-
-def load_weights(model, folder):
-    """What `save_model` wrote of this very model, in place."""
-    if not hasattr(model, "lora"):
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
-        return
-    model.load_state_dict(adapter_weights(folder), strict=False)
-
-
-def adapter_weights(folder):
-    """name -> tensor of an adapter, named as in LoRALinear."""
-    weights = load_file(folder / "adapter_model.safetensors")
-    names = {name: name.removeprefix("base_model.model.") for name in weights}
-    return {
-        names[k].removesuffix(".weight") if ".lora_" in k else names[k]: v
-        for k, v in weights.items()
-    }
-
-
-@torch.no_grad()
-def read_model(auto_class, path, dtype, **kwargs):
-    """from_pretrained; for an adapter's folder, its base model with the adapter merged into it."""
-    folder = Path(path)
-    if not (folder / "adapter_config.json").exists():
-        return auto_class.from_pretrained(path, dtype=dtype, **kwargs)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if settings["task_type"] == "SEQ_CLS" and auto_class is AutoModelForCausalLM:
-        raise UserError(f"{path}: a reward model where a causal language model is needed")
-    if "config" not in kwargs and (folder / "config.json").exists():
-        kwargs = dict(config=AutoConfig.from_pretrained(folder, **kwargs))
-    model = read_model(auto_class, settings["base_model_name_or_path"], torch.float32, **kwargs)
-    weights = adapter_weights(folder)
-    scale = settings["lora_alpha"] / settings["r"]
-    for name, B in weights.items():
-        if name.endswith(".lora_B"):
-            layer = model.get_submodule(name.removesuffix(".lora_B"))
-            layer.weight += scale * B @ weights[name.replace(".lora_B", ".lora_A")]
-    model.load_state_dict({k: v for k, v in weights.items() if ".lora_" not in k}, strict=False)
-    for parameter in model.parameters():  # .to(dtype) would round the rotary frequencies, too
-        parameter.data = parameter.data.to(dtype)
-    return model
+def context_length(model):
+    """Tokens that the model was made for; no limit where its config names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def token_budget(cfg, device):
@@ -874,6 +740,10 @@ def copy_weights(source, target):
             old.data.copy_(new.data)
 
 
+# ----------------------------------------------------------------------------------------------
+# Training
+
+
 def make_trainable(model, cfg, lr):
     """With adapters, checkpointing and compiled layers as the flags say; returns its optimiser."""
     add_lora(model, cfg)
@@ -886,50 +756,6 @@ def make_trainable(model, cfg, lr):
 def make_adamw(model, lr):
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-
-# Several processes, started by torchrun, each hold all models and take a share of every batch. What
-# is small (answers, scores, (B, R) tensors) is gathered by all, so that the scripts read as for one
-# process; gradients are summed once an optimiser step. DistributedDataParallel wants each forward
-# to go through its wrapper, and as many on each process; ours enter a model by its base and its
-# head, and a process has as many micro-batches as its sequences need.
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def share(rows):
-    """This process's part of a list; `gather` puts the parts together again."""
-    return rows[rank() :: dist.get_world_size()] if dist.is_initialized() else rows
-
-
-def gather(rows):
-    """The parts of all processes as one list, in the order that `share` took them from."""
-    if rows is None or not dist.is_initialized():
-        return rows
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    whole = [None] * sum(map(len, parts))
-    for i, part in enumerate(parts):
-        whole[i :: len(parts)] = part
-    return whole
-
-
-def max_of_all(number):
-    return max(gather([number]))
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def all_sum(*tensors):
-    """Sum each tensor over the processes, in place."""
-    if dist.is_initialized():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
 
 
 def total_steps(cfg, n):
@@ -1148,11 +974,6 @@ def encode_prompt(tokenizer, prompt, where="prompt"):
     if not ids:
         raise UserError(f"{where}: the prompt has no tokens")
     return ids
-
-
-def context_length(model):
-    """Tokens that the model was made for; no limit where its config names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def prompt_room(model, cfg):
@@ -1523,7 +1344,199 @@ def write_samples(path, prompts, **answers):
 
 
 # ----------------------------------------------------------------------------------------------
-# The run folder and the command line
+# LoRA
+#
+# Hu et al. (2021): the weights stay as they are, and each linear layer of the blocks learns an
+# update of low rank. So two models can share one backbone, each with an adapter of its own.
+
+
+class LoRALinear(torch.nn.Linear):
+    """x -> (W + scale B A) x, with W frozen, A (r, in) and B (out, r) in float32."""
+
+    def __init__(self, linear, rank, scale):
+        torch.nn.Module.__init__(self)
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        self.out_features, self.in_features = linear.weight.shape
+        zeros = partial(torch.zeros, device=linear.weight.device)
+        self.lora_A = torch.nn.Parameter(zeros(rank, self.in_features))
+        self.lora_B = torch.nn.Parameter(zeros(self.out_features, rank))
+
+    def forward(self, x):
+        y = super().forward(x)
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return y + (self.scale * update).to(y.dtype)
+
+    def merged(self):
+        return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
+
+def trained_dtype(cfg, device):
+    """float32, or where only adapters are trained the dtype of frozen models."""
+    return torch.bfloat16 if device.type == "cuda" and cfg.lora_rank else torch.float32
+
+
+def add_lora(model, cfg):
+    """With --lora_rank: freeze the model, but for a score head, and give every linear layer of its
+    blocks an adapter, in place.
+
+    A is from N(0, 1/r) and B is zero, so that the model is exactly what it was. Raises UserError
+    where there is no such layer.
+    """
+    if not cfg.lora_rank:
+        return
+    model.requires_grad_(False)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+    generator = make_generator("cpu", cfg.seed, "lora")
+    found = [
+        (block, name, linear)
+        for layer in blocks(model)
+        for block in layer.modules()
+        for name, linear in block.named_children()
+        if type(linear) is torch.nn.Linear
+    ]
+    if not found:
+        raise UserError(f"--lora_rank: {type(model).__name__} has no linear layers in its blocks")
+    for block, name, linear in found:
+        lora = LoRALinear(linear, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank)
+        shape = lora.lora_A.shape
+        lora.lora_A.data.copy_(torch.randn(shape, generator=generator) / cfg.lora_rank)
+        setattr(block, name, lora)
+    model.lora = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
+
+
+def share_weights(source, target):
+    """Let `target` hold the very tensors of `source`; a score head stays its own."""
+    weights = {k: v for k, v in source.state_dict().items() if not k.startswith("score.")}
+    target.load_state_dict(weights, strict=False, assign=True)
+    target.tie_weights()
+
+
+def save_model(model, folder, merge=False):
+    """A folder that transformers loads; of a model with LoRA the adapter alone, in PEFT's format,
+    unless it is to `merge`.
+    """
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        model.save_pretrained(folder)
+        return
+    if merge:
+        weights = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
+        weights |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    score = hasattr(model, "score")
+    base = model.config.name_or_path
+    settings = dict(
+        peft_type="LORA", task_type="SEQ_CLS" if score else "CAUSAL_LM", inference_mode=True,
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).exists() else base,
+        target_modules=sorted({name.rpartition(".")[2] for name in layers}), lora_dropout=0.0,
+        bias="none", modules_to_save=["score"] if score else None, **model.lora,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        f"base_model.model.{name}" + (".weight" if ".lora_" in name else ""): weight.contiguous()
+        for name, weight in model.state_dict().items()
+        if ".lora_" in name or name.startswith("score.")
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
+    write_json(folder / "adapter_config.json", settings)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)  # it holds a reward model's stored mean
+
+
+def load_weights(model, folder):
+    """What `save_model` wrote of this very model, in place."""
+    if not hasattr(model, "lora"):
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        return
+    model.load_state_dict(adapter_weights(folder), strict=False)
+
+
+def adapter_weights(folder):
+    """name -> tensor of an adapter, named as in LoRALinear."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    names = {name: name.removeprefix("base_model.model.") for name in weights}
+    return {
+        names[k].removesuffix(".weight") if ".lora_" in k else names[k]: v
+        for k, v in weights.items()
+    }
+
+
+@torch.no_grad()
+def read_model(auto_class, path, dtype, **kwargs):
+    """from_pretrained; for an adapter's folder, its base model with the adapter merged into it."""
+    folder = Path(path)
+    if not (folder / "adapter_config.json").exists():
+        return auto_class.from_pretrained(path, dtype=dtype, **kwargs)
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if settings["task_type"] == "SEQ_CLS" and auto_class is AutoModelForCausalLM:
+        raise UserError(f"{path}: a reward model where a causal language model is needed")
+    if "config" not in kwargs and (folder / "config.json").exists():
+        kwargs = dict(config=AutoConfig.from_pretrained(folder, **kwargs))
+    model = read_model(auto_class, settings["base_model_name_or_path"], torch.float32, **kwargs)
+    weights = adapter_weights(folder)
+    scale = settings["lora_alpha"] / settings["r"]
+    for name, B in weights.items():
+        if name.endswith(".lora_B"):
+            layer = model.get_submodule(name.removesuffix(".lora_B"))
+            layer.weight += scale * B @ weights[name.replace(".lora_B", ".lora_A")]
+    model.load_state_dict({k: v for k, v in weights.items() if ".lora_" not in k}, strict=False)
+    for parameter in model.parameters():  # .to(dtype) would round the rotary frequencies, too
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------
+# Several processes
+#
+# Started by torchrun, they each hold all models and take a share of every batch. What
+# is small (answers, scores, (B, R) tensors) is gathered by all, so that the scripts read as for one
+# process; gradients are summed once an optimiser step. DistributedDataParallel wants each forward
+# to go through its wrapper, and as many on each process; ours enter a model by its base and its
+# head, and a process has as many micro-batches as its sequences need.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(rows):
+    """This process's part of a list; `gather` puts the parts together again."""
+    return rows[rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def gather(rows):
+    """The parts of all processes as one list, in the order that `share` took them from."""
+    if rows is None or not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    whole = [None] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        whole[i :: len(parts)] = part
+    return whole
+
+
+def max_of_all(number):
+    return max(gather([number]))
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(*tensors):
+    """Sum each tensor over the processes, in place."""
+    if dist.is_initialized():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+# ----------------------------------------------------------------------------------------------
+# The run folder
 
 
 def write_text(path, text):
@@ -1791,7 +1804,37 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# report.html: one page, with neither script nor network
+def make_missing_stages(cfg):
+    """Run sft.py and reward.py for the default folders that are not finished."""
+    stages = [("sft.py", cfg.policy, "out/sft", [])]
+    if not cfg.reward_fn:
+        stages.append(("reward.py", cfg.reward, "out/reward", ["--model", cfg.policy]))
+    for script, folder, default, flags in stages:
+        if folder != default or (Path(folder) / "eval.json").exists():
+            continue
+        if dist.is_initialized():
+            raise UserError(f"{folder} is missing: make it first, by {script}")
+        print(f"{folder} is missing: running {script}", flush=True)
+        command = [sys.executable, str(Path(__file__).parent / script), "--out", folder]
+        command += ["--seed", str(cfg.seed), "--device", cfg.device]
+        command += flags + (["--quiet"] if cfg.quiet else [])
+        command += ["--resume"] if (Path(folder) / "run.json").exists() else []
+        # Ctrl-C reaches the stage too, SIGTERM is passed on: it saves and stops; then so do we.
+        stage = subprocess.Popen(command)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+        code = stage.wait()
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+        if code:
+            raise SystemExit(code)
+
+
+# ----------------------------------------------------------------------------------------------
+# The report
+#
+
+
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">{refresh}
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
 :root {{ color-scheme: light dark; --ink: light-dark(#1c2430, #dfe5ec); --line: #8884;
@@ -1886,30 +1929,8 @@ def html_table(kind, rows):
     return f"<table class={kind}>{text}</table>"
 
 
-def make_missing_stages(cfg):
-    """Run sft.py and reward.py for the default folders that are not finished."""
-    stages = [("sft.py", cfg.policy, "out/sft", [])]
-    if not cfg.reward_fn:
-        stages.append(("reward.py", cfg.reward, "out/reward", ["--model", cfg.policy]))
-    for script, folder, default, flags in stages:
-        if folder != default or (Path(folder) / "eval.json").exists():
-            continue
-        if dist.is_initialized():
-            raise UserError(f"{folder} is missing: make it first, by {script}")
-        print(f"{folder} is missing: running {script}", flush=True)
-        command = [sys.executable, str(Path(__file__).parent / script), "--out", folder]
-        command += ["--seed", str(cfg.seed), "--device", cfg.device]
-        command += flags + (["--quiet"] if cfg.quiet else [])
-        command += ["--resume"] if (Path(folder) / "run.json").exists() else []
-        # Ctrl-C reaches the stage too, SIGTERM is passed on: it saves and stops; then so do we.
-        stage = subprocess.Popen(command)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
-        code = stage.wait()
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
-        if code:
-            raise SystemExit(code)
+# ----------------------------------------------------------------------------------------------
+# Speed and memory
 
 
 PEAK_TFLOPS = dict(A100=312, H100=989, H200=989)  # bfloat16, dense, by the maker's data sheet
@@ -1983,6 +2004,10 @@ def peak_memory_gib():
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
 
 
 def require(cfg, over_0="", from_0="", **bounds):
