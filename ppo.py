@@ -391,10 +391,10 @@ def main(cfg):
     tokenizer = common.load_tokenizer(cfg.policy)
     policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device))
     ref = common.load_policy(cfg.ref or cfg.policy, device, frozen_dtype).requires_grad_(False)
-    score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen_dtype)
-    value = load_value(cfg, device, policy.dtype, tokenizer, reward, reward_tokenizer)
     if cfg.lora_rank and not cfg.ref:  # the reference is the policy without its adapter
         common.share_weights(ref, policy)
+    score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen_dtype)
+    value = load_value(cfg, device, policy.dtype, tokenizer, reward, reward_tokenizer)
     pi_old = policy  # samples before it is updated; a copy only where the dtype differs
     if frozen_dtype != policy.dtype:
         pi_old = common.load_policy(cfg.policy, device, frozen_dtype).requires_grad_(False)

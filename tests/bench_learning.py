@@ -15,6 +15,7 @@ tables and pictures to tests/results/.
                 over-optimisation of a reward model that saw few pairs
 4  ingredients  PPO with one of them left out
 5  reward       the three losses of the reward model from the same number of judgements
+6  real         a real model on human preferences: tests/bench_real.py, which wants a GPU
 
 A run has collapsed when it ends with fewer good answers than its SFT model gave. Gold is the share
 of good answers by the exact judge; the scripts' own --seed is the seed.

@@ -5,10 +5,10 @@
     python tests/bench_ppo.py --peer ../shared/bench/peer_trl_ppo.py        # TRL 1.12 beside it
 
 Random weights; every answer runs to the limit. A configuration is
-policy:value:episodes:prompt+new:epochs. Medians over the steps after the second, in which layers
-compile and graphs are captured. The two floors of a step: its decode steps' bytes over the
-bandwidth of a large copy, and its forwards' and backwards' operations over the rate of a large
-matrix product.
+policy:value:episodes:prompt+new:epochs, and with LoRA :rank. Medians over the steps after the
+second, in which layers compile and graphs are captured. The two floors of a step: its decode
+steps' bytes over the bandwidth of a large copy, and its forwards' and backwards' operations over
+the rate of a large matrix product.
 """
 
 import argparse
@@ -32,6 +32,8 @@ CONFIGURATIONS = {
     "1.5b": "1.5b:1.5b:64:128+128:4",
     "deepspeed": "opt-1.3b:opt-350m:512:256+256:1",
     "memory": "1.5b:1.5b:64:256+256:4",
+    "lora1.5b": "1.5b:1.5b:64:256+256:4:16",
+    "lora7b": "7b:7b:64:256+256:4:16",
     "growth128": "135m:135m:128:128+128:4",
     "growth256": "135m:135m:256:128+128:4",
     "growth512": "135m:135m:512:128+128:4",
@@ -41,7 +43,7 @@ CONFIGURATIONS = {
 
 def measure(configuration, steps, folder, more):
     """Run ppo.main with models of random weights; returns medians of what its metrics say."""
-    policy, value, episodes, lengths, epochs = configuration.split(":")
+    policy, value, episodes, lengths, epochs, *rank = configuration.split(":")
     prompt, new = map(int, lengths.split("+"))
     vocab = random_model(policy, "meta", torch.float32).config.vocab_size
     tokenizer = word_tokenizer(vocab)
@@ -72,7 +74,8 @@ def measure(configuration, steps, folder, more):
         policy="random", reward="random", data=str(folder / "prompts.jsonl"),
         eval_data=str(folder / "eval.jsonl"), out=str(folder / "ppo"), steps=steps,
         batch_size=int(episodes), max_new_tokens=new, ppo_epochs=int(epochs), lr=1e-6,
-        value_lr=1e-6, save_every=0, sample_every=0, slots=int(episodes), **more,
+        value_lr=1e-6, save_every=0, sample_every=0, slots=int(episodes),
+        lora_rank=int(rank[0]) if rank else 0, **more,
     )  # fmt: skip
     ppo.main(cfg)
     rows = [json.loads(line) for line in open(folder / "ppo/metrics.jsonl")]
@@ -84,7 +87,7 @@ def measure(configuration, steps, folder, more):
 
 def floors(configuration, device):
     """Seconds that a step cannot beat: (of the decode steps' bytes, of the arithmetic)."""
-    policy, value, episodes, lengths, epochs = configuration.split(":")
+    policy, value, episodes, lengths, epochs, *rank = configuration.split(":")
     prompt, new = map(int, lengths.split("+"))
     B, tokens = int(episodes), int(episodes) * (prompt + new)
     models = [random_model(policy, "meta", torch.float32)]
@@ -96,6 +99,7 @@ def floors(configuration, device):
     # Backward is twice the forward: old log-probs, reference, value and reward are a forward each.
     passes = int(epochs) + 2 / 3
     operations = passes * common.training_flops(models, tokens, B * new)
+    operations *= 4 / 6 if rank else 1  # frozen weights have no gradient
     return new * step_bytes / memory_bandwidth(device), operations / matmul_flops(device)
 
 
@@ -132,7 +136,7 @@ def main():
     row |= {key: found[key] for key in keys if key in found}
     row["episodes_per_s"] = int(configuration.split(":")[2]) / found["seconds"]
     row["floor_decode_s"], row["floor_arithmetic_s"] = floors(configuration, device)
-    policy, _, episodes, lengths, epochs = configuration.split(":")
+    policy, _, episodes, lengths, epochs, *_ = configuration.split(":")
     if args.peer:
         prompt, new = lengths.split("+")
         arch = {"135m": "smollm2-135m", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b"}.get(policy)

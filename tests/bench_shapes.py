@@ -38,6 +38,10 @@ SHAPES = {
         hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
         num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
     ),
+    "7b": lambda: Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
+    ),
     "opt-350m": lambda: OPTConfig(
         hidden_size=1024, ffn_dim=4096, num_attention_heads=16, num_hidden_layers=24
     ),
