@@ -779,7 +779,8 @@ def optimizer_step(model, optimizer, stats, ids, cfg):
     bad = [name for name, value in stats.items() if not math.isfinite(value)]
     if bad:
         path = Path(cfg.out) / "nonfinite.json"
-        ids = gather([list(map(int, row)) for row in ids])
+        ids = gather([tuple(map(int, row)) for row in ids])
+        ids = list(dict.fromkeys(ids))  # each process may have named the whole batch
         write_json(path, dict(stats={k: str(v) for k, v in stats.items()}, ids=ids))
         raise UserError(
             f"{', '.join(bad)} not finite; the weights were not touched, and the batch is in {path}"
@@ -809,9 +810,9 @@ def make_generator(device, *key, shared=True):
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
-def seed_all(*key):
+def seed_all(*key, shared=True):
     """Seed the global generators, for code that draws from them: a --reward_fn, say."""
-    number = make_generator("cpu", *key).initial_seed()
+    number = make_generator("cpu", *key, shared=shared).initial_seed()
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
@@ -1185,7 +1186,8 @@ def load_gold(spec, data, tokenizer):
 
 def score_all(score, prompts, prompt_ids, responses):
     """The scores (B,), each process having done its share."""
-    return torch.tensor(gather(score(*map(share, (prompts, prompt_ids, responses))).tolist()))
+    own = [share(rows) for rows in (prompts, prompt_ids, responses)]
+    return torch.tensor(gather(score(*own).tolist() if own[0] else []))
 
 
 def function_scorer(spec, tokenizer):
@@ -1304,8 +1306,9 @@ def summarise(prompts, **answers):
         good = (own["gold"] >= 0.5).tolist()
         results[f"gold_{name}"] = sum(good) / len(good)
         for key in ("kind", "task"):
-            for group in sorted({p[key] for p in prompts if key in p}):
-                of_group = [g for p, g in zip(prompts, good) if p.get(key) == group]
+            groups = [str(prompt.get(key, "")) for prompt in prompts]
+            for group in sorted(set(groups) - {""}):
+                of_group = [g for own_group, g in zip(groups, good) if own_group == group]
                 results[f"gold_{name}_{group}"] = sum(of_group) / len(of_group)
     return results
 
@@ -1313,10 +1316,13 @@ def summarise(prompts, **answers):
 def side_by_side(results, names):
     """`results` as {quantity: its values, as text, for each of the answers `names`}."""
     rows = {}
-    for key in [key for key in results if names and f"_{names[0]}" in key]:
+    heads = tuple(
+        f"{name}_{names[0]}" for name in ("eos_rate", "score", "score_std", "gold") if names
+    )
+    for key in [key for key in results if key.startswith(heads)]:
         style = ".1%" if key.startswith(("gold", "eos")) else ".2f"
-        values = [results[key.replace(f"_{names[0]}", f"_{name}")] for name in names]
-        rows[key.replace(f"_{names[0]}", "")] = [format(value, style) for value in values]
+        values = [results[key.replace(f"_{names[0]}", f"_{name}", 1)] for name in names]
+        rows[key.replace(f"_{names[0]}", "", 1)] = [format(value, style) for value in values]
     return rows
 
 
@@ -1393,7 +1399,7 @@ def add_lora(model, cfg):
         for layer in blocks(model)
         for block in layer.modules()
         for name, linear in block.named_children()
-        if type(linear) is torch.nn.Linear
+        if isinstance(linear, torch.nn.Linear)
     ]
     if not found:
         raise UserError(f"--lora_rank: {type(model).__name__} has no linear layers in its blocks")
@@ -1464,6 +1470,10 @@ def adapter_weights(folder):
     }
 
 
+ODD_ADAPTERS = """use_rslora use_dora rank_pattern alpha_pattern fan_in_fan_out lora_bias
+    layer_replication""".split()  # settings of PEFT's that change what an adapter does
+
+
 @torch.no_grad()
 def read_model(auto_class, path, dtype, **kwargs):
     """from_pretrained; for an adapter's folder, its base model with the adapter merged into it."""
@@ -1471,12 +1481,20 @@ def read_model(auto_class, path, dtype, **kwargs):
     if not (folder / "adapter_config.json").exists():
         return auto_class.from_pretrained(path, dtype=dtype, **kwargs)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if settings["task_type"] == "SEQ_CLS" and auto_class is AutoModelForCausalLM:
+    weights, of_reward = adapter_weights(folder), settings["task_type"] == "SEQ_CLS"
+    odd = [name for name in ODD_ADAPTERS if settings.get(name)]
+    odd += [k for k in weights if "lora_" in k and not k.endswith((".lora_A", ".lora_B"))]
+    if odd or settings.get("peft_type") != "LORA":
+        raise UserError(f"{path}: not a plain LoRA adapter ({odd[:3]}): merge it with peft first")
+    if of_reward and auto_class is AutoModelForCausalLM:
         raise UserError(f"{path}: a reward model where a causal language model is needed")
-    if "config" not in kwargs and (folder / "config.json").exists():
-        kwargs = dict(config=AutoConfig.from_pretrained(folder, **kwargs))
+    if "config" not in kwargs:
+        kwargs |= dict(num_labels=1) if of_reward else {}
+        if (folder / "config.json").exists():
+            kwargs = dict(config=AutoConfig.from_pretrained(folder, **kwargs))
     model = read_model(auto_class, settings["base_model_name_or_path"], torch.float32, **kwargs)
-    weights = adapter_weights(folder)
+    if of_reward:
+        model.config.architectures = [type(model).__name__]
     scale = settings["lora_alpha"] / settings["r"]
     for name, B in weights.items():
         if name.endswith(".lora_B"):
@@ -1491,11 +1509,11 @@ def read_model(auto_class, path, dtype, **kwargs):
 # ----------------------------------------------------------------------------------------------
 # Several processes
 #
-# Started by torchrun, they each hold all models and take a share of every batch. What
-# is small (answers, scores, (B, R) tensors) is gathered by all, so that the scripts read as for one
-# process; gradients are summed once an optimiser step. DistributedDataParallel wants each forward
-# to go through its wrapper, and as many on each process; ours enter a model by its base and its
-# head, and a process has as many micro-batches as its sequences need.
+# Started by torchrun, they each hold all models and take a share of every batch. What is small
+# (answers, scores, (B, R) tensors) is gathered by all, so that the scripts read as for one process;
+# gradients are summed once an optimiser step. DistributedDataParallel wants each forward to go
+# through its wrapper, and as many on each process; ours enter a model by its base and its head, and
+# a process has as many micro-batches as its sequences need.
 
 
 def rank():
@@ -1508,11 +1526,13 @@ def share(rows):
 
 
 def gather(rows):
-    """The parts of all processes as one list, in the order that `share` took them from."""
-    if rows is None or not dist.is_initialized():
+    """The lists of all processes as one, in the order that `share` took them from."""
+    if not dist.is_initialized():
         return rows
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
+    if None in parts:  # one has none: log-probs, where transformers generated
+        return None
     whole = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
         whole[i :: len(parts)] = part
@@ -1619,6 +1639,11 @@ class Run:
                 self.remove_checkpoints()  # a kill in the run's last moment may have left them
                 raise UserError(f"--resume {self.out}: this run is finished")
         reads = [Path(v) for k, v in settings.items() if isinstance(v, str) and v and k != "out"]
+        for folder in reads:  # an adapter reads its base, too
+            with suppress(OSError, ValueError, KeyError):
+                adapter = (folder / "adapter_config.json").read_text(encoding="utf-8")
+                base = Path(json.loads(adapter)["base_model_name_or_path"])
+                reads += [base] if base not in reads else []
         own = self.out.resolve()
         inside = [v for v in reads if v.exists() and own in (v.resolve(), *v.resolve().parents)]
         if replace and inside:
@@ -1655,8 +1680,14 @@ class Run:
             name = self.out / "wandb.txt"  # a resumed run goes on in the same one
             if not name.exists():
                 write_text(name, uuid.uuid4().hex)
-            settings = dict(config=self.settings, dir=self.out, id=name.read_text())
-            self.wandb = wandb.init(project="rlhf", name=str(self.out), resume="allow", **settings)
+            try:
+                self.wandb = wandb.init(
+                    project="rlhf", name=str(self.out), id=name.read_text(), resume="allow",
+                    config=self.settings, dir=self.out,
+                    settings=wandb.Settings(silent=self.cfg.quiet),
+                )  # fmt: skip
+            except wandb.errors.Error as error:
+                raise UserError(f"--wandb: {error}") from None
 
     def load_checkpoint(self):
         """Put the tracked objects where the newest checkpoint has them."""
@@ -1724,7 +1755,7 @@ class Run:
         try:
             for step in range(start + 1, total + 1):
                 self.step, self.began = step, time.perf_counter()
-                seed_all(self.cfg.seed, step)
+                seed_all(self.cfg.seed, step, shared=False)
                 yield step
                 self.bar.update()
                 self.stop_signal = max_of_all(self.stop_signal)  # all stop after the same step
@@ -1827,13 +1858,11 @@ def make_missing_stages(cfg):
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
         if code:
-            raise SystemExit(code)
+            raise SystemExit(128 - code if code < 0 else code)  # a signal before its steps began
 
 
 # ----------------------------------------------------------------------------------------------
 # The report
-#
-
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">{refresh}
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
@@ -2028,7 +2057,7 @@ def require(cfg, over_0="", from_0="", **bounds):
 
 OUT_OF_MEMORY = (
     "What helps, the cheapest first: a lower --micro_tokens, --gradient_checkpointing, fewer "
-    "--slots, a shorter --max_new_tokens, a smaller model"
+    "--slots, a shorter --max_new_tokens, --lora_rank, a smaller model"
 )
 NO_SPACE = "the last whole checkpoint is as it was: make room, then --resume"
 

@@ -182,6 +182,8 @@ def sample_and_score(policy, score, prompts, eos, generator, cfg):
     """N answers to each prompt: dicts of prompt, prompt_ids, responses (token ids), scores, whether
     each ended by itself, and the rewards to choose by: scores less the penalty of those cut.
     """
+    if not prompts:  # of several processes, this one has no share
+        return []
     ids = [p["ids"] for p in prompts for _ in range(cfg.n)]
     responses = common.generate(
         policy, ids, cfg.max_new_tokens, eos, cfg.temperature, generator=generator, slots=cfg.slots

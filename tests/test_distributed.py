@@ -127,6 +127,42 @@ def test_processes_draw_different_answers(tmp_path, data, sft_folder):
     assert len({str(responses) for responses in answers}) == 8
 
 
+def test_more_processes_than_prompts(tmp_path, data, sft_folder):
+    """One has no share: it must not call the reward function with nothing."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "the sea"}\n')
+    (tmp_path / "rule.py").write_text(
+        "def score(prompts, responses):\n    return [max(map(len, responses))] * len(responses)\n"
+    )
+    flags = dict(eval_data=str(tmp_path / "one.jsonl"), reward_fn=f"{tmp_path / 'rule.py'}:score")
+    cfg = CONFIGS["ppo"](data, sft_folder, tmp_path / "ppo", **flags)
+    assert codes(start(2, partial(STAGES["ppo"].main, cfg))) == [0, 0]
+    cfg = CONFIGS["rejection_sample"](data, sft_folder, tmp_path / "rs", **flags, n=2, slots=2)
+    assert codes(start(2, partial(STAGES["rejection_sample"].main, cfg))) == [0, 0]
+
+
+def test_one_process_without_slots_does_not_put_the_others_out_of_step(tmp_path, data, sft_folder):
+    """What `generate` falls back to depends on the longest prompt of a process's share."""
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(sft_folder)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, sliding_window=24)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes,
+        max_position_embeddings=256, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    prompts = ["the sea " * 12, "the"]
+    rows = "".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts)
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    cfg = CONFIGS["ppo"](
+        data, tmp_path / "m", tmp_path / "out", data=str(tmp_path / "prompts.jsonl"), batch_size=2,
+        eval_data=str(tmp_path / "prompts.jsonl"),
+    )  # fmt: skip
+    assert codes(start(2, partial(STAGES["ppo"].main, cfg))) == [0, 0]
+    assert "sampler_gap" not in rows_of(cfg.out)[0]
+
+
 def test_a_signal_to_one_stops_all_after_the_same_step_and_resume_goes_on(
     tmp_path, data, sft_folder, reward_folder, greedy, monkeypatch
 ):

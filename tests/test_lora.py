@@ -172,6 +172,52 @@ def test_an_adapter_whose_base_is_gone_is_one_line(tmp_path, tiny_folder):
         common.load_policy(tmp_path / "a", CPU)
 
 
+@pytest.mark.parametrize("odd", ["use_rslora", "use_dora", "rank_pattern", "embeddings"])
+def test_an_adapter_of_another_kind_is_refused_not_read_wrong(tmp_path, tiny_folder, odd):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    flags = {
+        "use_rslora": dict(use_rslora=True),
+        "use_dora": dict(use_dora=True),
+        "rank_pattern": dict(rank_pattern={"q_proj": 2}),
+        "embeddings": dict(target_modules=["q_proj", "embed_tokens"]),
+    }[odd]
+    settings = peft.LoraConfig(
+        **dict(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") | flags
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(common.UserError, match="not a plain LoRA adapter"):
+        common.load_policy(tmp_path / "theirs", CPU)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_an_adapter_made_by_peft_is_read(tmp_path, tiny_folder, task):
+    """Its folder has no config.json."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    more = {} if task == "CAUSAL_LM" else dict(num_labels=1)
+    base = auto.from_pretrained(tiny_folder, dtype=torch.float32, **more)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type=task,
+        init_lora_weights=False,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(base, settings).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    load = common.load_policy if task == "CAUSAL_LM" else common.load_reward
+    ours, ids = load(tmp_path / "theirs", CPU), [[5, 9, 7, 30, 2]]
+    assert (logits_of(ours, ids) - logits_of(theirs, ids)).abs().max() < 1e-4
+
+
+def test_overwrite_never_deletes_the_base_of_an_adapter(tmp_path, data, sft_folder):
+    base = sft_config(data, sft_folder, tmp_path / "base")
+    sft.main(base)
+    sft.main(sft_config(data, tmp_path / "base", tmp_path / "adapter", **RANK))
+    cfg = sft_config(data, tmp_path / "adapter", tmp_path / "base", **RANK, overwrite=True)
+    with pytest.raises(common.UserError, match="it holds what this run reads"):
+        sft.main(cfg)
+    assert (tmp_path / "base/model.safetensors").exists()
+
+
 # the stages
 
 

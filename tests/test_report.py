@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import (
     CONFIGS,
     ROOT,
@@ -224,3 +225,15 @@ def test_hyphens_do_as_well_as_underscores():
     command = [sys.executable, str(ROOT / "sft.py"), "--batch-size", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "--batch_size 0" in done.stderr
+
+
+@pytest.mark.parametrize("kinds", [["a", 1], [["x"], "b"], [None, "a"], ["before", "after"]])
+def test_any_kind_of_kind_is_summed_up(kinds):
+    """A run ended in a traceback here once, with its model not saved yet."""
+    own = dict(scores=torch.tensor([1.0, 2.0]), gold=torch.tensor([1.0, 0.0]), eos_rate=1.0)
+    prompts = [dict(prompt="p", kind=kind) for kind in kinds]
+    results = common.summarise(prompts, before=own, after=own)
+    table = common.side_by_side(results, ["before", "after"])
+    assert table["gold"] == ["50.0%", "50.0%"] and table["score"] == ["1.50", "1.50"]
+    assert table[f"gold_{kinds[0]}"] == ["100.0%", "100.0%"]
+    assert table[f"gold_{kinds[1]}"] == ["0.0%", "0.0%"]
