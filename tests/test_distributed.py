@@ -99,8 +99,10 @@ def test_many_processes_end_with_the_weights_of_one(
     clock = ("second", "tokens_per_s", "memory", "sampler_gap")
     for x, y in zip(*rows):
         assert set(x) == set(y)
+        # In the preference step's first step the margins are 0 but for rounding, and so are signs.
+        skip = (*clock, "accuracy") if x["step"] == 1 else clock
         for key in x:
-            if not any(word in key for word in clock):
+            if not any(word in key for word in skip):
                 assert x[key] == pytest.approx(y[key], rel=2e-3, abs=2e-5), key
     for key, value in eval_of(one.out).items():
         assert eval_of(many.out)[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key

@@ -27,7 +27,7 @@ def test_the_line_counts_are_true():
 
 def test_names_that_readme_points_to_exist():
     found = re.findall(r"`(\w+)\.py: ([\w`, ]+)`", README)
-    assert len(found) > 8
+    assert len(found) > 6
     for module, names in found:
         if module not in ("ppo", "common", "reward", "rejection_sample", "sft"):
             continue
