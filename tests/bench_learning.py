@@ -346,17 +346,17 @@ def report_frontier(work, seeds):
     families = {
         "best of N (KL: the bound)": ("best of", "tab:orange", "-"),
         "PPO, by kl_coef": ("PPO", "tab:blue", "-"),
-        "SFT on best of 8": ("SFT", "tab:purple", ""),
-        "DPO on human pairs": ("DPO on 1", "tab:green", ""),
-        "DPO on sampled pairs": (("DPO on the", "DPO on any"), "tab:red", ""),
-        "DPO on RSO's pairs": ("DPO on 8", "tab:brown", ""),
+        "SFT on best of 8": ("SFT", "tab:purple", "none"),
+        "DPO on human pairs": ("DPO on 1", "tab:green", "none"),
+        "DPO on sampled pairs": (("DPO on the", "DPO on any"), "tab:red", "none"),
+        "DPO on RSO's pairs": ("DPO on 8", "tab:brown", "none"),
     }
     for axis, key, scale in zip(axes, ("score_after", "gold_after"), (1, 100)):
         for label, (start, colour, line) in families.items():
             own = [results for name, results in found.items() if name.startswith(start)]
             mean = [[np.mean([r[k] for r in results]) for k in ("kl", key)] for results in own]
             x, y = np.array(mean).T
-            axis.plot(x, y * scale, line, marker="o", ms=4, color=colour, label=label)
+            axis.plot(x, y * scale, ls=line, marker="o", ms=4, color=colour, label=label)
         axis.set(xlabel="KL to the SFT model, nats a response")
     axes[0].set(ylabel="reward model's score")
     axes[1].set(ylabel="good answers, %")
