@@ -172,6 +172,22 @@ def test_bad_input_is_one_line_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name, flags, says",
+    [
+        ("sft", ["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+        ("reward", ["--model", "nowhere", "--lr", "-1"], "--lr -1.0"),
+        ("ppo", ["--reward_fn", "rule.py", "--policy", "/no/where"], "/no/where: no tokenizer"),
+    ],
+)
+def test_bad_input_from_a_shell(tmp_path, name, flags, says):
+    command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout.count("Traceback")
+    assert done.stderr.startswith(f"{name}.py: ") and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_an_unknown_flag_is_one_line_and_exit_2(
     tmp_path, data, sft_folder, monkeypatch, capsys, name
