@@ -203,7 +203,9 @@ AttentionInterface.register("slots", slot_attention)
 
 
 def draw(logits, noise, sampling):
-    """A token and its log-prob, (n,) each, by logits (n, V) and uniform noise (n, V)."""
+    """One token a row of logits (n, V), and its log-prob under softmax(logits / temperature): two
+    (n,). `noise` (n, V) is uniform in [0, 1), and not used where temperature is 0.
+    """
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, token_logprobs(logits, tokens)
@@ -397,7 +399,9 @@ def plain_length(model):
 
 @torch.no_grad()
 def slots_agree(model):
-    """Whether a prefill and a step give a plain forward's logits; notes if a step never waits."""
+    """Whether a prefill and a step in two slots give the logits of a plain forward. Notes, too,
+    whether the step never waits for the device, so that it can be a CUDA graph.
+    """
     has_plain_head(model)  # found while the model's own attention is still in place
     ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
     training = model.training
@@ -632,6 +636,11 @@ def lm_head(model):
     return model.get_output_embeddings() if has_plain_head(model) else torch.nn.Identity()
 
 
+def frozen_dtype(device):
+    """Of models that are not trained: bfloat16 on a GPU, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def autocast(device):
     """bfloat16 arithmetic over float32 weights on a GPU; plain float32 on the CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -769,8 +778,8 @@ def optimizer_step(model, optimizer, stats, ids, cfg):
 
     Returns `stats`, scalars on the device, and the gradient's norm as floats: the one time in a
     step that the host reads the device. Gradients and stats are summed over the processes. When one
-    is not finite, raises UserError before the weights are touched; the token `ids` of the batch,
-    lists or tensors, are in nonfinite.json.
+    is not finite, raises UserError before the weights are touched; the token `ids` of the batch, an
+    iterable of lists or tensors that is not looked at before, are in nonfinite.json.
     """
     all_sum(*(p.grad for p in model.parameters() if p.grad is not None), *stats.values())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
@@ -792,7 +801,9 @@ def optimizer_step(model, optimizer, stats, ids, cfg):
 
 
 def set_lr(optimizer, lr, step, steps, warmup, schedule):
-    """Linear warm-up, then constant or linear decay to 0 after `steps`; step counts from 1."""
+    """Linear warm-up over `warmup` steps, then constant or linear decay to 0 after `steps`; step
+    counts from 1. Returns the rate.
+    """
     lr = lr * min(1.0, step / max(1, warmup))
     if schedule == "linear" and step > warmup:
         lr = lr * (steps - step + 1) / (steps - warmup + 1)
@@ -834,7 +845,9 @@ def epoch_batch(n, size, step, seed):
 
 
 def read_jsonl(path):
-    """The objects of a .jsonl or .jsonl.gz file, each with its `where`, "file:line"."""
+    """The objects of a .jsonl or .jsonl.gz file, each with its `where`, "file:line". Raises
+    UserError at the first bad line.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -873,7 +886,9 @@ def read_split(path, eval_path, embedded_eval):
 
 
 def field(row, key):
-    """row[key], which must be text or chat messages and not empty; else UserError names both."""
+    """row[key], which must be text or chat messages and not empty. Raises UserError naming the
+    line and the key.
+    """
     if key not in row:
         keys = ", ".join(k for k in row if k != "where")
         raise UserError(f'{row["where"]}: no "{key}" (the keys are: {keys})')
@@ -1029,10 +1044,10 @@ def join(prompt, response):
     return prompt + response, [0] * len(prompt) + [1] * len(response)
 
 
-def encode(tokenizer, prompt, response, where="example"):
-    """Prompt and response as one example."""
+def encode(tokenizer, prompt, responses, where="example"):
+    """Examples (ids, mask) of the responses to one prompt."""
     ids = encode_prompt(tokenizer, prompt, where)
-    return join(ids, encode_response(tokenizer, prompt, response, where))
+    return [join(ids, encode_response(tokenizer, prompt, text, where)) for text in responses]
 
 
 def demonstration(tokenizer, row):
@@ -1043,7 +1058,7 @@ def demonstration(tokenizer, row):
         prompt, completion = field(row, "prompt"), field(row, "completion")
     else:
         prompt, completion, _ = split_pair(row)
-    return encode(tokenizer, prompt, completion, row["where"])
+    return encode(tokenizer, prompt, [completion], row["where"])[0]
 
 
 def load_demonstrations(rows, tokenizer, max_tokens):
@@ -1142,7 +1157,9 @@ def micro_batches(lengths, max_tokens, rows=None):
 
 def batches(examples, max_tokens, device, rows=None):
     """The examples `rows` as one Batch for each of `micro_batches`."""
-    parts = micro_batches([len(ids) for ids, _ in examples], max_tokens, rows)
+    rows = range(len(examples)) if rows is None else rows
+    lengths = {row: len(examples[row][0]) for row in rows}
+    parts = micro_batches(lengths, max_tokens, rows)
     return (collate(examples, part, device) for part in parts)
 
 
@@ -1226,7 +1243,7 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
             texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
             if not reward.scores_tokens:
                 return encoder_scores(reward, reward_tokenizer, prompts, texts)
-            examples = [encode(reward_tokenizer, p, text) for p, text in zip(prompts, texts)]
+            examples = [encode(reward_tokenizer, p, [text])[0] for p, text in zip(prompts, texts)]
             for i, response in enumerate(responses):
                 if response[-1] not in special:  # a cut answer must not read as an ended one
                     examples[i] = [part[:-1] for part in examples[i]]
@@ -1378,7 +1395,7 @@ class LoRALinear(torch.nn.Linear):
 
 def trained_dtype(cfg, device):
     """float32, or where only adapters are trained the dtype of frozen models."""
-    return torch.bfloat16 if device.type == "cuda" and cfg.lora_rank else torch.float32
+    return frozen_dtype(device) if cfg.lora_rank else torch.float32
 
 
 def add_lora(model, cfg):
@@ -1520,16 +1537,20 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def share(rows):
     """This process's part of a list; `gather` puts the parts together again."""
-    return rows[rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+    return rows[rank() :: world_size()]
 
 
 def gather(rows):
     """The lists of all processes as one, in the order that `share` took them from."""
     if not dist.is_initialized():
         return rows
-    parts = [None] * dist.get_world_size()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, rows)
     if None in parts:  # one has none: log-probs, where transformers generated
         return None
@@ -1616,7 +1637,7 @@ class Run:
                 raise UserError(f"--{name}: not installed here (pip install {name})")
         if dist.is_initialized():
             together = cfg.batch_size // getattr(cfg, "minibatches", 1)
-            if together < dist.get_world_size():
+            if together < world_size():
                 raise UserError(f"--batch_size: {together} sequences a step, but more processes")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: a file is in the way")
@@ -1984,7 +2005,7 @@ def training_flops(models, tokens, head_tokens):
 def utilisation(flops, seconds, device):
     """Model FLOP/s utilisation (MFU) against the peak it assumes; nothing where that is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    flops /= dist.get_world_size() if dist.is_initialized() else 1
+    flops /= world_size()
     peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
     return dict(update_mfu=flops / seconds / peak / 1e12, peak_tflops=peak) if peak else {}
 

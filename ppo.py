@@ -279,7 +279,7 @@ def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg)
         share = batch.mask.sum() / ptx_tokens
         (cfg.ptx_coef * loss * share).backward()
         add_stats(totals, share, dict(ptx_loss=loss.detach()))
-    ids = [row for batch in minibatch for row in batch.ids]
+    ids = (row for batch in minibatch for row in batch.ids)
     return common.optimizer_step(policy, optimizer, totals, ids, cfg)
 
 
@@ -297,7 +297,7 @@ def update_value(value, optimizer, minibatch, rollout, cfg):
         share = batch.mask.sum() / tokens
         (loss * share).backward()
         add_stats(totals, share, dict(vf_loss=loss.detach(), vf_clipfrac=clipfrac))
-    ids = [row for batch in minibatch for row in batch.ids]
+    ids = (row for batch in minibatch for row in batch.ids)
     stats = common.optimizer_step(value, optimizer, totals, ids, cfg)
     stats["vf_grad_norm"] = stats.pop("grad_norm")
     return stats
@@ -387,7 +387,7 @@ def main(cfg):
 
     # The four models. What is trained has float32 weights; what is frozen, and the copy of the
     # policy that samples, is bfloat16 on a GPU.
-    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    frozen_dtype = common.frozen_dtype(device)
     tokenizer = common.load_tokenizer(cfg.policy)
     policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device))
     ref = common.load_policy(cfg.ref or cfg.policy, device, frozen_dtype).requires_grad_(False)

@@ -309,7 +309,7 @@ def encode_pairs(rows, tokenizer, max_length):
     pairs = []
     for row in rows:
         prompt, *both = common.split_pair(row)
-        pairs.append([common.encode(tokenizer, prompt, text, row["where"]) for text in both])
+        pairs.append(common.encode(tokenizer, prompt, both, row["where"]))
     return common.keep_short(pairs, max_length, longest, "pairs")
 
 
@@ -362,7 +362,7 @@ def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
             stats = (loss, (margin > 0).float().mean(), margin.mean(), up.mean(), down.mean())
             totals += share * torch.stack(stats)
     stats = dict(zip(names, totals))
-    ids = [ids for row in batch for ids, _ in pairs[row]]
+    ids = (ids for row in batch for ids, _ in pairs[row])
     return common.optimizer_step(policy, optimizer, stats, ids, cfg)
 
 
@@ -480,7 +480,7 @@ def main(cfg):
         cfg = replace(cfg, reward=cfg.reward or "out/reward")
     check(cfg)
     device = common.choose_device(cfg.device)
-    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    frozen_dtype = common.frozen_dtype(device)
     if cfg.prompt:
         common.make_missing_stages(cfg)
         answer(cfg, device, frozen_dtype)

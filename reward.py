@@ -131,8 +131,7 @@ def encode(tokenizer, row):
         targets, form = [row.get("score")], "pointwise"
         if type(targets[0]) not in (int, float) or not math.isfinite(targets[0]):
             raise common.UserError(f'{where}: "score" must be a finite number')
-    examples = [common.encode(tokenizer, prompt, response, where) for response in responses]
-    return Judgement(examples, targets, form)
+    return Judgement(common.encode(tokenizer, prompt, responses, where), targets, form)
 
 
 def load_judgements(cfg, tokenizer, max_length):
@@ -177,7 +176,11 @@ def reward_loss(form, rewards, targets, mask):
 
 def micro_batches(judgements, micro_tokens, rows=None):
     """Rows whose padded tokens fit the budget; a judgement's loss needs its responses together."""
-    tokens = [max(len(ids) for ids, _ in j.examples) * len(j.examples) for j in judgements]
+    rows = range(len(judgements)) if rows is None else rows
+    tokens = {}
+    for row in rows:
+        lengths = [len(ids) for ids, _ in judgements[row].examples]
+        tokens[row] = max(lengths) * len(lengths)
     return common.micro_batches(tokens, micro_tokens, rows)
 
 
@@ -295,7 +298,7 @@ def main(cfg):
             loss += micro_loss.detach()
 
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-        ids = [ids for row in rows for ids, _ in judgements[row].examples]
+        ids = (ids for row in rows for ids, _ in judgements[row].examples)
         stats = common.optimizer_step(model, optimizer, dict(loss=loss), ids, cfg)
         run.log(("loss", "lr"), lr=lr, **stats)
 

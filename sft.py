@@ -183,7 +183,7 @@ def main(cfg):
             loss += micro_loss.detach()
 
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-        ids = [examples[row][0] for row in rows]
+        ids = (examples[row][0] for row in rows)
         stats = common.optimizer_step(model, optimizer, dict(loss=loss), ids, cfg)
         run.log(("loss", "lr"), lr=lr, tokens=batch_tokens, **stats)
 

@@ -294,24 +294,26 @@ def plan_frontier(work, seeds):
     return waves
 
 
-def judge(work, seed, policy):
-    """Score, gold and KL of a policy that no script evaluated, as the scripts do it."""
+def judge(policy, ref, device, prompts, cfg):
+    """Score, KL to `ref`, share of ended answers, and gold where there is a judge, of a policy that
+    no script evaluated: as the scripts do it. `cfg` says the reward model, seed and lengths.
+    """
     done = policy / "judged.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    start, device = start_of(work, seed), torch.device("cpu")
-    cfg = rejection_sample.Config(reward=str(start["reward"]), seed=seed, device="cpu")
     tokenizer = common.load_tokenizer(policy)
     model = common.load_policy(policy, device)
     score, *_ = common.load_scorer(cfg, tokenizer, device, torch.float32)
     found = common.evaluate(
-        model, model, common.load_policy(start["policy"], device),
-        common.load_prompts(common.read_jsonl(DATA / "eval_prompts.jsonl"), tokenizer, 512),
+        model, model, common.load_policy(ref, device),
+        common.load_prompts(common.read_jsonl(prompts), tokenizer, cfg.max_prompt_tokens),
         tokenizer, common.stop_ids(model, tokenizer), score,
-        common.load_gold("", cfg.data, tokenizer), cfg,
+        common.load_gold("", prompts, tokenizer), cfg,
     )  # fmt: skip
-    good = (found["gold"] >= 0.5).float().mean().item()
-    results = dict(gold_after=good, score_after=found["scores"].mean().item(), kl=found["kl"])
+    results = dict(score_after=found["scores"].mean().item(), kl=found["kl"])
+    results |= dict(eos_rate_after=found["eos_rate"])
+    if found["gold"] is not None:
+        results["gold_after"] = (found["gold"] >= 0.5).float().mean().item()
     done.write_text(json.dumps(results), encoding="utf-8")
     return results
 
@@ -323,7 +325,10 @@ def frontier_points(work, seeds):
         for point in results_of(work / f"{seed}/sample_rank")["best_of_n"]:
             own = dict(gold_after=point["gold"], score_after=point["score"], kl=point["kl"])
             found.setdefault(f"best of {point['n']} (KL: the bound)", []).append(own)
-        best = judge(work, seed, work / f"{seed}/sft_on_best")
+        start = start_of(work, seed)
+        cfg = rejection_sample.Config(reward=str(start["reward"]), seed=seed, device="cpu")
+        prompts, device = DATA / "eval_prompts.jsonl", torch.device("cpu")
+        best = judge(work / f"{seed}/sft_on_best", start["policy"], device, prompts, cfg)
         found.setdefault("SFT on best of 8", []).append(best)
         for name, (title, _) in PREFERENCE.items():
             found.setdefault(title, []).append(results_of(work / f"{seed}/{name}"))

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from bench_learning import RESULTS, ROOT, command, metrics_of, out_of, results_of, table
+from bench_learning import RESULTS, ROOT, command, judge, metrics_of, out_of, results_of, table
 
 import common
 import rejection_sample
@@ -65,20 +65,21 @@ def mcnemar(first, second):
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def reward_out(work, rate, epochs, seed):
-    return work / f"{seed}/reward_{rate:g}_{epochs}"
+def reward_model(work, args, rate, epochs, seed):
+    """The folder of a reward model, made if missing."""
+    out = work / f"{seed}/reward_{rate:g}_{epochs}"
+    run(command(
+        "reward.py", out, model=args.model, data=args.train, eval_data=args.valid, lr=rate,
+        epochs=epochs, batch_size=16, warmup=8, max_length=512, seed=seed,
+    ))  # fmt: skip
+    return out
 
 
 def reward_models(work, args, device):
     rows = []
     for rate in args.rates:
         for epochs in args.epochs:
-            outs = [reward_out(work, rate, epochs, seed) for seed in args.seeds]
-            for seed, out in zip(args.seeds, outs):
-                run(command(
-                    "reward.py", out, model=args.model, data=args.train, eval_data=args.valid,
-                    lr=rate, epochs=epochs, batch_size=16, warmup=8, max_length=512, seed=seed,
-                ))  # fmt: skip
+            outs = [reward_model(work, args, rate, epochs, seed) for seed in args.seeds]
             found = [results_of(out) for out in outs]
             accuracy, n = mean(r["accuracy"] for r in found), found[0]["n"]
             low, high = reward.wilson_interval(accuracy, n)
@@ -92,7 +93,9 @@ def reward_models(work, args, device):
     if best != PEER and PEER[0] in args.rates and PEER[1] in args.epochs:
         p = []
         for seed in args.seeds:
-            both = [right_pairs(reward_out(work, *s, seed), pairs, device) for s in (best, PEER)]
+            both = [
+                right_pairs(reward_model(work, args, *s, seed), pairs, device) for s in (best, PEER)
+            ]
             p.append(f"{mcnemar(*both):.3f}")
         text += (
             f"\nBest against {PEER[0]:g}, {PEER[1]} epoch, on the same pairs: p {' / '.join(p)}\n"
@@ -100,33 +103,14 @@ def reward_models(work, args, device):
     return text
 
 
-def judged(policy, args, reward_folder, seed, device):
-    """Score and KL to the start of a policy's answers to the valid prompts."""
-    path = Path(policy) / "judged.json"
-    if not path.exists():
-        cfg = rejection_sample.Config(
-            reward=str(reward_folder), seed=seed, max_new_tokens=args.max_new_tokens
-        )
-        tokenizer = common.load_tokenizer(policy)
-        model = common.load_policy(policy, device)
-        score, *_ = common.load_scorer(cfg, tokenizer, device, torch.float32)
-        prompts = common.load_prompts(common.read_jsonl(args.valid), tokenizer, 128)
-        ref = common.load_policy(args.model, device)
-        eos = common.stop_ids(model, tokenizer)
-        own = common.evaluate(model, model, ref, prompts, tokenizer, eos, score, None, cfg)
-        found = dict(score=own["scores"].mean().item(), kl=own["kl"], eos=own["eos_rate"])
-        common.write_json(path, found)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def policies(work, args, device):
     rows = []
     for seed in args.seeds:
-        reward_folder = reward_out(work, *PEER, seed)
-        run(command(
-            "reward.py", reward_folder, model=args.model, data=args.train, eval_data=args.valid,
-            lr=PEER[0], epochs=PEER[1], batch_size=16, warmup=8, max_length=512, seed=seed,
-        ))  # fmt: skip
+        reward_folder = reward_model(work, args, *PEER, seed)
+        cfg = rejection_sample.Config(
+            reward=str(reward_folder), seed=seed, max_new_tokens=args.max_new_tokens,
+            max_prompt_tokens=128,
+        )  # fmt: skip
         for steps in args.steps:
             out = work / f"{seed}/ppo_{steps}"
             run(command(
@@ -135,7 +119,7 @@ def policies(work, args, device):
                 max_new_tokens=args.max_new_tokens, max_prompt_tokens=128, lr=3e-6, value_lr=1e-5,
                 lr_schedule="constant", warmup=0, kl_coef=0.05, seed=seed, save_every=0,
             ))  # fmt: skip
-            own = judged(out, args, reward_folder, seed, device)
+            own = judge(out, args.model, device, args.valid, cfg)
             seconds = sorted(metrics_of(out, "seconds")[:, 0])[steps // 2]
             rows.append(["ours", seed, steps, own, f"{seconds:.2f}"])
         if args.trl:
@@ -154,13 +138,14 @@ def policies(work, args, device):
                 (out / "done.json").write_text(done.stdout.strip().splitlines()[-1])
             seconds = json.loads((out / "done.json").read_text())["seconds_per_step"]
             for steps in args.steps:
-                own = judged(out / str(steps), args, reward_folder, seed, device)
+                own = judge(out / str(steps), args.model, device, args.valid, cfg)
                 rows.append(["TRL 1.12", seed, steps, own, f"{seconds:.2f}"])
     before = results_of(work / f"{args.seeds[0]}/ppo_{args.steps[0]}")["score_before"]
     cells = [
-        [who, seed, steps, f"{own['score']:.3f}", f"{own['kl']:.2f}", f"{own['eos']:.2f}", seconds]
+        [who, seed, steps, f"{own['score_after']:.3f}", f"{own['kl']:.2f}",
+         f"{own['eos_rate_after']:.2f}", seconds]
         for who, seed, steps, own, seconds in rows
-    ]
+    ]  # fmt: skip
     columns = ["", "seed", "steps", "score", "KL, nats", "answers that end", "s a step"]
     return f"Score before: {before:.3f} (seed {args.seeds[0]})\n\n" + table(columns, cells)
 
