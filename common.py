@@ -35,7 +35,7 @@ import uuid
 import zlib
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
@@ -646,6 +654,21 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def as_forward(function):
+    """Make `function(model, ...)` a forward of its own: around it, a sharded model gathers what it
+    needs and lets go of it.
+    """
+
+    @wraps(function)
+    def run(model, *args, **kwargs):
+        if is_sharded(model):
+            return model.forward_of(partial(function, model, *args, **kwargs))
+        return function(model, *args, **kwargs)
+
+    return run
+
+
+@as_forward
 def response_logprobs(model, batch, temperature=1.0, entropy=False):
     """Log-probs of the response tokens, (B, R) float32, 0 past the end of each response; with
     `entropy` also that, the same shape.
@@ -677,6 +700,7 @@ def head_logprobs(head, hidden, tokens, temperature, entropy):
     return logprobs, -(log_p.exp() * log_p).sum(-1)
 
 
+@as_forward
 def token_scores(model, ids):
     """The score head read at every token, less the stored mean: (B, T) -> (B, T) float32."""
     with autocast(ids.device):
@@ -746,7 +770,7 @@ def copy_weights(source, target):
     """In place, so that whatever holds on to the target's tensors sees the new ones."""
     if source is not target:
         for old, new in zip(target.parameters(), source.parameters()):
-            old.data.copy_(new.data)
+            old.data.copy_(whole(new.data))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -754,10 +778,13 @@ def copy_weights(source, target):
 
 
 def make_trainable(model, cfg, lr):
-    """With adapters, checkpointing and compiled layers as the flags say; returns its optimiser."""
+    """With adapters, checkpointing, sharded and compiled layers as the flags say; returns its
+    optimiser.
+    """
     add_lora(model, cfg)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    shard(model, cfg)
     compile_layers(model, cfg.compile)
     return make_adamw(model, lr)
 
@@ -781,9 +808,10 @@ def optimizer_step(model, optimizer, stats, ids, cfg):
     is not finite, raises UserError before the weights are touched; the token `ids` of the batch, an
     iterable of lists or tensors that is not looked at before, are in nonfinite.json.
     """
-    all_sum(*(p.grad for p in model.parameters() if p.grad is not None), *stats.values())
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    all_sum(*(g for g in grads if not isinstance(g, DTensor)), *stats.values())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-    stats = stats | dict(grad_norm=norm)
+    stats = stats | dict(grad_norm=whole(norm))
     stats = dict(zip(stats, torch.stack([x.detach() for x in stats.values()]).tolist()))
     bad = [name for name, value in stats.items() if not math.isfinite(value)]
     if bad:
@@ -1145,14 +1173,20 @@ def micro_batches(lengths, max_tokens, rows=None):
     """Cut `rows` (default: all) into lists of rows of similar length, each at most `max_tokens`
     tokens when padded.
 
-    micro_batches([3, 9, 4], 8) -> [[0, 2], [1]]: a single sequence may exceed the budget.
+    micro_batches([3, 9, 4], 8) -> [[0, 2], [1]]: a single sequence may exceed the budget. Each
+    process gets as many lists as the others, for a sharded model runs on all of them at once.
     """
     parts = [[]]
     for row in sorted(range(len(lengths)) if rows is None else rows, key=lambda row: lengths[row]):
         if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > max_tokens:
             parts.append([])
         parts[-1].append(row)
-    return [part for part in parts if part]
+    parts = [part for part in parts if part]
+    for _ in range(max_of_all(len(parts)) - len(parts)):
+        largest = max(parts, key=len)
+        parts.remove(largest)
+        parts += [largest[::2], largest[1::2]]
+    return parts
 
 
 def batches(examples, max_tokens, device, rows=None):
@@ -1188,7 +1222,7 @@ def load_scorer(cfg, tokenizer, device, dtype):
     """By --reward_fn or --reward: (score, reward model, its tokenizer); a rule has but a score."""
     if cfg.reward_fn:
         return function_scorer(cfg.reward_fn, tokenizer), None, None
-    reward = load_reward(cfg.reward, device, dtype).requires_grad_(False)
+    reward = shard(load_reward(cfg.reward, device, dtype).requires_grad_(False), cfg)
     reward_tokenizer = load_tokenizer(cfg.reward, needs_eos=False)
     budget = token_budget(cfg, device)
     return model_scorer(reward, reward_tokenizer, tokenizer, budget), reward, reward_tokenizer
@@ -1204,7 +1238,7 @@ def load_gold(spec, data, tokenizer):
 def score_all(score, prompts, prompt_ids, responses):
     """The scores (B,), each process having done its share."""
     own = [share(rows) for rows in (prompts, prompt_ids, responses)]
-    return torch.tensor(gather(score(*own).tolist() if own[0] else []))
+    return torch.tensor(gather(score(*own).tolist(), len(responses)))
 
 
 def function_scorer(spec, tokenizer):
@@ -1287,23 +1321,23 @@ def evaluate(policy, sampler, ref, prompts, tokenizer, eos, score, gold, cfg):
     """
     ids, texts = [p["ids"] for p in prompts], [p["prompt"] for p in prompts]
     generator = make_generator(policy.device, cfg.seed, "evaluate", shared=False)
-    responses = gather(generate(
+    responses = generate(
         sampler, share(ids), cfg.max_new_tokens, eos, cfg.temperature, generator=generator,
         slots=cfg.slots,
-    ))  # fmt: skip
-    examples = [join(p, r) for p, r in zip(share(ids), share(responses))]
-    kl = torch.zeros((), device=policy.device)
+    )  # fmt: skip
+    examples = [join(p, r) for p, r in zip(share(ids), responses)]
+    kl = torch.zeros(len(examples), device=policy.device)
     for batch in batches(examples, token_budget(cfg, policy.device), policy.device):
         logprobs = response_logprobs(policy, batch, cfg.temperature)  # (b, R)
         ref_logprobs = response_logprobs(ref, batch, cfg.temperature)
-        kl += ((logprobs - ref_logprobs) * batch.mask).sum() / len(prompts)
-    all_sum(kl)
+        kl[batch.rows] = ((logprobs - ref_logprobs) * batch.mask).sum(1)
+    responses, kl = gather(responses, len(prompts)), gather(kl.tolist(), len(prompts))
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
         scores=score_all(score, texts, ids, responses) if score else None,
         gold=gold(texts, ids, responses) if gold else None,
         eos_rate=sum(r[-1] in eos for r in responses) / len(responses),
-        kl=kl.item(),
+        kl=sum(kl) / len(kl),
     )
 
 
@@ -1437,11 +1471,14 @@ def share_weights(source, target):
 
 def save_model(model, folder, merge=False):
     """A folder that transformers loads; of a model with LoRA the adapter alone, in PEFT's format,
-    unless it is to `merge`.
+    unless it is to `merge`. Each process must call it, the first one writes.
     """
+    weights = gathered(dict(model.named_parameters())) if is_sharded(model) else None
+    if rank():
+        return
     layers = {k: m for k, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         return
     if merge:
         weights = {k: v for k, v in model.state_dict().items() if ".lora_" not in k}
@@ -1471,10 +1508,21 @@ def save_model(model, folder, merge=False):
 def load_weights(model, folder):
     """What `save_model` wrote of this very model, in place."""
     if not hasattr(model, "lora"):
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+        saved = dict(type(model).from_pretrained(folder, dtype=model.dtype).named_parameters())
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(like(saved[name], parameter))
         return
     model.load_state_dict(adapter_weights(folder), strict=False)
+
+
+def load_optimizer(optimizer, state):
+    """What `gathered` made of its state_dict: each process takes its parts."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, own in state["state"].items():
+        for name, tensor in own.items():
+            if tensor.shape == parameters[index].shape:  # all but the count of the steps
+                own[name] = like(tensor, parameters[index])
+    optimizer.load_state_dict(state)
 
 
 def adapter_weights(folder):
@@ -1526,11 +1574,10 @@ def read_model(auto_class, path, dtype, **kwargs):
 # ----------------------------------------------------------------------------------------------
 # Several processes
 #
-# Started by torchrun, they each hold all models and take a share of every batch. What is small
-# (answers, scores, (B, R) tensors) is gathered by all, so that the scripts read as for one process;
-# gradients are summed once an optimiser step. DistributedDataParallel wants each forward to go
-# through its wrapper, and as many on each process; ours enter a model by its base and its head, and
-# a process has as many micro-batches as its sequences need.
+# Started by torchrun, they each take a share of every batch. What is small (answers, scores, (B, R)
+# tensors) is gathered by all, so that the scripts read as for one process; gradients are summed
+# once an optimiser step. Each process holds all models. With --shard it holds a part of every
+# weight, by FSDP2, and only the model that samples is whole.
 
 
 def rank():
@@ -1542,22 +1589,23 @@ def world_size():
 
 
 def share(rows):
-    """This process's part of a list; `gather` puts the parts together again."""
-    return rows[rank() :: world_size()]
+    """This process's part of a list, as long as that of the others: of a, b, c the first of two
+    gets a, c and the second b, a. `gather` puts the parts together again.
+    """
+    n = len(rows)
+    own = range(rank(), n + -n % world_size(), world_size())
+    return [rows[i % n] for i in own]
 
 
-def gather(rows):
-    """The lists of all processes as one, in the order that `share` took them from."""
+def gather(rows, n=None):
+    """The lists of all processes as one, in the order that `share` took them from `n` rows."""
     if not dist.is_initialized():
         return rows
     parts = [None] * world_size()
     dist.all_gather_object(parts, rows)
     if None in parts:  # one has none: log-probs, where transformers generated
         return None
-    whole = [None] * sum(map(len, parts))
-    for i, part in enumerate(parts):
-        whole[i :: len(parts)] = part
-    return whole
+    return [row for rows in zip(*parts, strict=True) for row in rows][:n]
 
 
 def max_of_all(number):
@@ -1574,6 +1622,65 @@ def all_sum(*tensors):
     if dist.is_initialized():
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
+
+
+def shard(model, cfg):
+    """With --shard: let each process keep a part of every weight, in place; returns the model.
+
+    The weights of a block are gathered, in bfloat16 on a GPU, when it runs, and its gradients are
+    summed and spread as its backward ends. The parts stay in the model's dtype.
+    """
+    if not cfg.shard:
+        return model
+    mixed = MixedPrecisionPolicy()
+    if model.device.type == "cuda":
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(model.device.type, (world_size(),))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=mixed)
+    if hasattr(model, "score"):
+        fully_shard(model.score, mesh=mesh)  # a reward rounded to bfloat16 has three digits
+    fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # losses are shares of a whole: add, do not average
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.forward_of = lambda call: call()  # no arguments: they would be cast to bfloat16
+    register_fsdp_forward_method(model, "forward_of")
+    return model
+
+
+def is_sharded(model):
+    return hasattr(model, "forward_of")
+
+
+def whole(tensor):
+    """A sharded tensor put together, which all processes must ask for; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(state):
+    """A state_dict with `whole` tensors, which the first process gets on the CPU; not the others.
+
+    An optimiser's holds further dicts and lists.
+    """
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, DTensor):
+        tensor = whole(state.detach())
+        return None if rank() else tensor.cpu()
+    return state
+
+
+def like(tensor, other):
+    """A whole tensor, sharded as `other` is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1629,16 +1736,19 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out)
         self.start, self.stop_signal = 0, 0
         settings = asdict(cfg)
-        for name in ("resume", "overwrite", "save_every", "keep", "device", *LOGGERS, "quiet"):
+        unimportant = "resume overwrite save_every keep shard device quiet".split()
+        for name in (*unimportant, *LOGGERS):
             settings.pop(name)
         self.report_due = 0.0
         for name in LOGGERS:
             if getattr(cfg, name) and importlib.util.find_spec(name) is None:
                 raise UserError(f"--{name}: not installed here (pip install {name})")
-        if dist.is_initialized():
-            together = cfg.batch_size // getattr(cfg, "minibatches", 1)
-            if together < world_size():
-                raise UserError(f"--batch_size: {together} sequences a step, but more processes")
+        together = cfg.batch_size // getattr(cfg, "minibatches", 1)
+        if together % world_size():
+            many = f"{together} sequences a step for {world_size()} processes"
+            raise UserError(f"--batch_size: {many}, expected a multiple")
+        if cfg.shard and (cfg.lora_rank or not dist.is_initialized()):
+            raise UserError("--shard: for several processes, by torchrun, and without --lora_rank")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: a file is in the way")
         taken = self.out.exists() and any(path.suffix != ".tmp" for path in self.out.iterdir())
@@ -1721,7 +1831,7 @@ class Run:
             elif isinstance(thing, dict):
                 thing.update(state[name])
             else:
-                thing.load_state_dict(tensors[name])
+                load_optimizer(thing, tensors[name])
         self.start, self.metrics = state["step"], None
         if rank() == 0:
             self.metrics = open(self.out / "metrics.jsonl", "r+b")
@@ -1736,19 +1846,21 @@ class Run:
 
     def checkpoint(self, step):
         """Write it under a temporary name, rename it, and only then remove those beyond --keep."""
-        if rank():
-            return
         folder, temporary = self.out / f"checkpoint-{step}", self.out / "checkpoint.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        state, tensors = dict(step=step, metrics_bytes=self.metrics.tell()), {}
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        state, tensors = dict(step=step), {}
         for name, thing in self.tracked.items():
             if hasattr(thing, "save_pretrained"):
                 save_model(thing, temporary / name)
             elif isinstance(thing, dict):
                 state[name] = thing
             else:
-                tensors[name] = thing.state_dict()
+                tensors[name] = gathered(thing.state_dict())
+        if rank():
+            return
+        state["metrics_bytes"] = self.metrics.tell()
         torch.save(tensors, temporary / "state.pt")
         write_json(temporary / "state.json", state)
         for path in temporary.rglob("*"):
@@ -1832,12 +1944,14 @@ class Run:
 
     def finish(self, model, tokenizer, results):
         """Save the model, if any, and its tokenizer; eval.json is last: it says `finished`."""
+        temporary = self.out / "model.tmp"
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if model is not None:
+            save_model(model, temporary, self.cfg.merge)
         if rank():
             return
         if model is not None:
-            temporary = self.out / "model.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            save_model(model, temporary, self.cfg.merge)
             tokenizer.save_pretrained(temporary)
             for path in temporary.iterdir():
                 os.replace(path, self.out / path.name)
@@ -2024,8 +2138,9 @@ def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_toke
     the activations of a micro-batch are a rule of thumb, 34 bytes for each token, layer and hidden
     unit (Korthikanti et al. 2022, without the attention matrices), 2 with checkpointing.
     """
-    weights = {p.data_ptr(): p.nbytes for m in [*trained, *frozen] for p in m.parameters()}
-    learned = [sum(p.nbytes for p in m.parameters() if p.requires_grad) for m in trained]
+    weights = [own_part(p) for m in [*trained, *frozen] for p in m.parameters()]
+    weights = {p.data_ptr(): p.nbytes for p in weights}
+    learned = [sum(own_part(p).nbytes for p in m.parameters() if p.requires_grad) for m in trained]
     parts = dict(weights=sum(weights.values()))  # shared ones count once
     parts["gradients"] = max(learned, default=0)
     parts["Adam"] = 2 * sum(learned)

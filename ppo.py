@@ -84,6 +84,7 @@ class Config:
     ptx_data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="for PPO-ptx")
     micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
     # LoRA
     lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
     lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
@@ -389,14 +390,18 @@ def main(cfg):
     # policy that samples, is bfloat16 on a GPU.
     frozen_dtype = common.frozen_dtype(device)
     tokenizer = common.load_tokenizer(cfg.policy)
-    policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device))
+    trained_dtype = common.trained_dtype(cfg, device)
+    policy = common.load_policy(cfg.policy, device, trained_dtype)
     ref = common.load_policy(cfg.ref or cfg.policy, device, frozen_dtype).requires_grad_(False)
     if cfg.lora_rank and not cfg.ref:  # the reference is the policy without its adapter
         common.share_weights(ref, policy)
+    common.shard(ref, cfg)
+    policy_optimizer = common.make_trainable(policy, cfg, cfg.lr)
     score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen_dtype)
-    value = load_value(cfg, device, policy.dtype, tokenizer, reward, reward_tokenizer)
-    pi_old = policy  # samples before it is updated; a copy only where the dtype differs
-    if frozen_dtype != policy.dtype:
+    value = load_value(cfg, device, trained_dtype, tokenizer, reward, reward_tokenizer)
+    value_optimizer = common.make_trainable(value, cfg, cfg.value_lr)
+    pi_old = policy  # samples before it is updated; a copy only where it must be another one
+    if frozen_dtype != trained_dtype or cfg.shard:
         pi_old = common.load_policy(cfg.policy, device, frozen_dtype).requires_grad_(False)
     eos = common.stop_ids(policy, tokenizer)
     gold = common.load_gold(cfg.gold_fn, cfg.data, tokenizer)
@@ -410,8 +415,6 @@ def main(cfg):
         limit = common.context_length(policy)
         demonstrations = common.load_demonstrations(rows, tokenizer, limit)
 
-    policy_optimizer = common.make_trainable(policy, cfg, cfg.lr)
-    value_optimizer = common.make_trainable(value, cfg, cfg.value_lr)
     frozen_models = {ref, pi_old, reward} - {policy, None}
     for model in frozen_models:
         common.compile_layers(model, cfg.compile)

@@ -84,6 +84,7 @@ class Config:
     max_length: int = HfArg(default=1024, help="tokens; longer --pairs are left out")
     micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
     # LoRA
     lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
     lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
@@ -182,8 +183,6 @@ def sample_and_score(policy, score, prompts, eos, generator, cfg):
     """N answers to each prompt: dicts of prompt, prompt_ids, responses (token ids), scores, whether
     each ended by itself, and the rewards to choose by: scores less the penalty of those cut.
     """
-    if not prompts:  # of several processes, this one has no share
-        return []
     ids = [p["ids"] for p in prompts for _ in range(cfg.n)]
     responses = common.generate(
         policy, ids, cfg.max_new_tokens, eos, cfg.temperature, generator=generator, slots=cfg.slots
@@ -232,7 +231,7 @@ def sample_candidates(run, name, policy, score, prompts, eos, cfg):
             own = prompts[(step - 1) * part : step * part]
             generator = common.make_generator(policy.device, cfg.seed, name, step, shared=False)
             new = sample_and_score(policy, score, common.share(own), eos, generator, cfg)
-            new = common.gather(new)
+            new = common.gather(new, len(own))
             common.append_jsonl(file, new)
             candidates += new
             run.show(score=np.mean([candidate["scores"] for candidate in new]))
@@ -342,7 +341,8 @@ def all_logprobs(model, pairs, cfg):
         logprobs = pair_logprobs(model, [pairs[row] for row in rows], cfg.temperature)
         chosen[rows], rejected[rows] = (x.cpu() for x in logprobs)
     found = dict(chosen=chosen.tolist(), rejected=rejected.tolist())
-    return {name: common.gather(common.share(numbers)) for name, numbers in found.items()}
+    gather = lambda numbers: common.gather(common.share(numbers), len(pairs))  # noqa: E731
+    return {name: gather(numbers) for name, numbers in found.items()}
 
 
 def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
@@ -537,7 +537,7 @@ def main(cfg):
             results["accuracy"] = held_out_accuracy(policy, ref, eval_pairs, cfg)
             print(f"held-out pairs moved the right way: {results['accuracy']:.1%}")
         sampler = policy
-        if frozen_dtype != policy.dtype:
+        if frozen_dtype != policy.dtype or cfg.shard:
             sampler = common.load_policy(cfg.policy, device, frozen_dtype).requires_grad_(False)
             common.copy_weights(policy, sampler)
             common.compile_layers(sampler, cfg.compile)

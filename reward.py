@@ -49,6 +49,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
     micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
     # LoRA
     lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
     lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")

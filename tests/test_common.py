@@ -1246,6 +1246,9 @@ class Settings:
     wandb: bool = False
     quiet: bool = False
     merge: bool = False
+    batch_size: int = 1
+    lora_rank: int = 0
+    shard: bool = False
 
 
 def train(out, steps, stop_after=None, how="crash", tokenizer=None, **flags):

@@ -1,6 +1,7 @@
 """Several processes, as torchrun starts them, against one: gloo on the CPU."""
 
 import contextlib
+import copy
 import io
 import os
 import random
@@ -11,10 +12,22 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, STAGES, eval_of, flags_of, fork, rows_of, weights_of
+from conftest import (
+    CONFIGS,
+    ROOT,
+    STAGES,
+    eval_of,
+    flags_of,
+    fork,
+    make_llama,
+    rows_of,
+    weights_of,
+)
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 import common
 from common import UserError
@@ -82,13 +95,14 @@ def case(name, data, sft_folder, reward_folder, out):
 
 
 @pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_processes_end_with_the_weights_of_one(
-    tmp_path, data, sft_folder, reward_folder, greedy, name, world
+    tmp_path, data, sft_folder, reward_folder, greedy, name, shard, world
 ):
     one = case(name, data, sft_folder, reward_folder, tmp_path / "one")
     STAGES[name].main(one)
-    many = replace(one, out=str(tmp_path / "many"))
+    many = replace(one, out=str(tmp_path / "many"), shard=shard)
     assert codes(start(world, partial(STAGES[name].main, many))) == [0] * world
     a, b = weights_of(one.out), weights_of(many.out)
     assert set(a) == set(b)
@@ -165,11 +179,12 @@ def test_one_process_without_slots_does_not_put_the_others_out_of_step(tmp_path,
     assert "sampler_gap" not in rows_of(cfg.out)[0]
 
 
+@pytest.mark.parametrize("shard", [False, True])
 def test_a_signal_to_one_stops_all_after_the_same_step_and_resume_goes_on(
-    tmp_path, data, sft_folder, reward_folder, greedy, monkeypatch
+    tmp_path, data, sft_folder, reward_folder, greedy, shard, monkeypatch
 ):
     cfg = case("ppo", data, sft_folder, reward_folder, tmp_path / "many")
-    cfg = replace(cfg, steps=6, save_every=0)
+    cfg = replace(cfg, steps=6, save_every=0, shard=shard)
     log = common.Run.log
 
     def stop_at_two(self, *args, **kwargs):
@@ -182,18 +197,136 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_resume_goes_on(
         assert codes(start(2, partial(STAGES["ppo"].main, cfg))) == [143, 143]
     assert (tmp_path / "many/checkpoint-2/state.pt").exists()
     assert codes(start(2, partial(STAGES["ppo"].main, replace(cfg, resume=True)))) == [0, 0]
-    one = replace(cfg, out=str(tmp_path / "one"))
+    one = replace(cfg, out=str(tmp_path / "one"), shard=False)
     STAGES["ppo"].main(one)
     a, b = weights_of(one.out), weights_of(cfg.out)
     assert all((a[key] - b[key]).abs().max() < 1e-5 for key in a)
     assert [row["step"] for row in rows_of(cfg.out)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_fewer_sequences_than_processes_is_refused(tmp_path, data, sft_folder):
-    cfg = CONFIGS["sft"](data, sft_folder, tmp_path / "out", batch_size=1)
+def test_a_checkpoint_of_sharded_models_is_whole(tmp_path, data, sft_folder, monkeypatch):
+    """What several processes began, one goes on with, and the other way round."""
+    cfg = CONFIGS["sft"](data, sft_folder, tmp_path / "whole", steps=4, save_every=2)
+    STAGES["sft"].main(cfg)
+    log = common.Run.log
+
+    def cut(self, *args, **kwargs):
+        log(self, *args, **kwargs)
+        if self.step == 3:
+            raise SystemExit(3)
+
+    begin, end = (partial(start, 2), True), (lambda main: main(), False)
+    for out, (first, sharded), (then, still) in (("a", begin, end), ("b", end, begin)):
+        parts = replace(cfg, out=str(tmp_path / out), shard=sharded)
+        with monkeypatch.context() as patch:
+            patch.setattr(common.Run, "log", cut)
+            if sharded:
+                assert codes(first(partial(STAGES["sft"].main, parts))) == [3, 3]
+            else:
+                with pytest.raises(SystemExit):
+                    first(partial(STAGES["sft"].main, parts))
+        parts = replace(parts, shard=still, resume=True)
+        children = then(partial(STAGES["sft"].main, parts))
+        assert not still or codes(children) == [0, 0]
+        a, b = weights_of(cfg.out), weights_of(parts.out)
+        assert set(a) == set(b)
+        assert max((a[key] - b[key]).abs().max() for key in a) < 1e-5
+
+
+KINDS = {
+    "tied": (LlamaConfig, dict(tie_word_embeddings=True)),
+    "untied": (LlamaConfig, dict(tie_word_embeddings=False)),
+    "gpt2": (
+        GPT2Config,
+        dict(n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    ),
+    "capped": (Gemma2Config, dict(head_dim=8, final_logit_softcapping=2.0)),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_holds_parts_and_gives_the_same(kind, checkpointing, capfd):
+    config_class, settings = KINDS[kind]
+    sizes = dict(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    sizes = {} if config_class is GPT2Config else sizes
+    config = config_class(**(sizes | dict(vocab_size=60) | settings))
+    examples = [common.join([5, 6, 7], [8, 2]), common.join([4], [9, 9, 9, 2])] * 2
+
+    def compare():
+        common.choose_device("cpu")
+        flags = dict(gradient_checkpointing=checkpointing, compile="off", lora_rank=0)
+        torch.manual_seed(0)
+        whole = AutoModelForCausalLM.from_config(config).train()
+        common.has_plain_head(whole)
+        parts = copy.deepcopy(whole)
+        models = {}
+        for model, shard in ((whole, False), (parts, True)):
+            optimizer = common.make_trainable(model, SimpleNamespace(**flags, shard=shard), 1e-2)
+            models[model] = optimizer
+        held = sum(common.own_part(p).numel() for p in parts.parameters())
+        assert held <= 0.51 * sum(p.numel() for p in whole.parameters())
+        run = SimpleNamespace(max_grad_norm=1.0, out="")
+        for _ in range(3):
+            norms = []
+            for model, optimizer in models.items():
+                for rows in common.share([[0], [1], [2], [3]]):
+                    batch = common.collate(examples, rows, torch.device("cpu"))
+                    (-common.response_logprobs(model, batch).sum()).backward()
+                stats = common.optimizer_step(model, optimizer, {}, [], run)
+                norms.append(stats["grad_norm"])
+            assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        for a, b in zip(whole.parameters(), parts.parameters()):
+            assert (a - common.whole(b)).abs().max() < 1e-5
+
+    assert codes(start(2, compare)) == [0, 0], capfd.readouterr().err
+
+
+def test_a_sharded_model_in_bfloat16_has_float32_log_probs_and_parts(capfd, monkeypatch):
+    """As on a GPU: bfloat16 is for what is gathered, not for masks, weights and sums."""
+    policy = partial(common.MixedPrecisionPolicy, torch.bfloat16, torch.float32)
+    monkeypatch.setattr(common, "MixedPrecisionPolicy", policy)
+    flags = SimpleNamespace(gradient_checkpointing=False, compile="off", lora_rank=0, shard=True)
+    batch = common.collate([common.join([5, 6, 7], [8, 2])], [0], torch.device("cpu"))
+    batch.mask[0, 1] = 1 / 3
+
+    def compare():
+        common.choose_device("cpu")
+        model = make_llama(60)
+        common.has_plain_head(model)
+        with torch.no_grad():
+            expected = common.response_logprobs(model, batch)
+        common.make_trainable(model, flags, 1e-2)
+        found = common.response_logprobs(model, batch)
+        assert found.dtype == torch.float32 and batch.mask[0, 1].item() == pytest.approx(1 / 3)
+        assert 0 < (found - expected).abs().max() < 0.1
+        found.sum().backward()
+        for parameter in model.parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+
+    assert codes(start(2, compare)) == [0, 0], capfd.readouterr().err
+
+
+def test_shard_without_several_processes_or_with_lora_is_refused(tmp_path, data, sft_folder):
+    cfg = CONFIGS["sft"](data, sft_folder, tmp_path / "out", shard=True)
+    with pytest.raises(UserError, match="--shard: .* torchrun"):
+        STAGES["sft"].main(cfg)
 
     def refused():
-        with pytest.raises(UserError, match="--batch_size: 1 .* more processes"):
+        with pytest.raises(UserError, match="--shard: .* without --lora_rank"):
+            STAGES["sft"].main(replace(cfg, lora_rank=4))
+
+    assert codes(start(2, refused)) == [0, 0]
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, data, sft_folder):
+    cfg = CONFIGS["sft"](data, sft_folder, tmp_path / "out", batch_size=3)
+
+    def refused():
+        with pytest.raises(UserError, match="--batch_size: 3 sequences a step for 2 processes"):
             STAGES["sft"].main(cfg)
 
     assert codes(start(2, refused)) == [0, 0]
@@ -224,7 +357,8 @@ def test_share_and_gather_are_each_others_inverse():
         common.choose_device("cpu")
         for n in range(8):
             part = common.share(list(range(n)))
-            assert common.gather(part) == list(range(n))
+            assert len(part) == -(-n // 3)
+            assert common.gather(part, n) == list(range(n))
         numbers = torch.tensor([1.0, 2.0])
         common.all_sum(numbers)
         assert numbers.tolist() == [3.0, 6.0]
