@@ -2193,7 +2193,7 @@ def require(cfg, over_0="", from_0="", **bounds):
 
 OUT_OF_MEMORY = (
     "What helps, the cheapest first: a lower --micro_tokens, --gradient_checkpointing, fewer "
-    "--slots, a shorter --max_new_tokens, --lora_rank, a smaller model"
+    "--slots, a shorter --max_new_tokens, --lora_rank, --shard over several cards, a smaller model"
 )
 NO_SPACE = "the last whole checkpoint is as it was: make room, then --resume"
 
