@@ -346,8 +346,7 @@ def decode_step(model, slots, kv, generator):
 @contextmanager
 def slot_model(model, size, max_length, sampling, keep=False):
     """The model in eval mode with slots, which it may `keep`; otherwise left as it was found."""
-    training, attention = model.training, model.config._attn_implementation
-    slots, done = getattr(model, "kept_slots", None), False
+    slots = vars(model).pop("kept_slots", None)  # back only when all went well
     if slots is None or not slots.fit(size, max_length, sampling):
         drop_slots(model)
         room = -(-max_length // 128) * 128 if keep else max_length  # for longer prompts to come
@@ -356,17 +355,14 @@ def slot_model(model, size, max_length, sampling, keep=False):
             slots.draw = torch.compile(draw, dynamic=False)
     slots.done.fill_(True)
     slots.length.zero_()
-    model.eval()
-    model.set_attn_implementation("slots")
     try:
-        yield slots
-        done = True
-    finally:
-        model.set_attn_implementation(attention)
-        model.train(training)
-        if keep and done:
+        with evaluating(model):
+            model.set_attn_implementation("slots")
+            yield slots
+        if keep:
             model.kept_slots = slots
-        else:
+    finally:
+        if not hasattr(model, "kept_slots"):
             drop_slots(model)
 
 
@@ -382,7 +378,7 @@ def slots_work(model, max_length):
     """Whether slots can serve: the model agrees, and nothing in it changes before `max_length`."""
     if not hasattr(model, "slots_agree"):
         with as_it_is(model):
-            model.slots_agree = slots_agree(model)
+            model.slots_agree = holds(slots_agree, model)
     works = model.slots_agree and plain_length(model) >= max_length
     if not works and not hasattr(model, "slots_told"):
         model.slots_told = True  # once is enough
@@ -405,26 +401,17 @@ def plain_length(model):
     return length
 
 
-@torch.no_grad()
-def slots_agree(model):
+def slots_agree(model, ids):
     """Whether a prefill and a step in two slots give the logits of a plain forward. Notes, too,
     whether the step never waits for the device, so that it can be a CUDA graph.
     """
     has_plain_head(model)  # found while the model's own attention is still in place
-    ids = torch.arange(2, 12, device=model.device) % model.config.get_text_config().vocab_size
-    training = model.training
-    model.eval()  # no dropout between the two
-    try:
-        plain = [model(ids[None, :n], use_cache=False).logits[0, -1] for n in (6, 9)]
-        with slot_model(model, 2, 10, Sampling([], 2)) as slots:
-            prefill(model, slots, [0, 1], [ids[:5].tolist(), ids[:8].tolist()])
-            slots.token[:] = ids[[5, 8]]
-            step = decode_logits(model, slots, 10)
-            model.step_never_waits = never_waits(partial(decode_logits, model, slots, 10))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        return False
-    finally:
-        model.train(training)
+    plain = [model(ids[:, :n], use_cache=False).logits[0, -1] for n in (6, 9)]
+    with slot_model(model, 2, 10, Sampling([], 2)) as slots:
+        prefill(model, slots, [0, 1], [ids[0, :5].tolist(), ids[0, :8].tolist()])
+        slots.token[:] = ids[0, [5, 8]]
+        step = decode_logits(model, slots, 10)
+        model.step_never_waits = never_waits(partial(decode_logits, model, slots, 10))
     return nearly_equal(step, torch.stack(plain))
 
 
@@ -450,19 +437,18 @@ def never_waits(step):
 
 def transformers_generate(model, prompts, sampling, generator, batch_size):
     """The same through `model.generate`, padded on the left, for models slots cannot run."""
-    responses = []
-    training, eos_ids = model.training, set(sampling.eos)
+    responses, eos_ids = [], set(sampling.eos)
     how = dict(max_new_tokens=sampling.max_new_tokens, eos_token_id=sampling.eos, pad_token_id=0)
     how |= dict(do_sample=sampling.temperature > 0)
     if sampling.temperature > 0:
         how |= dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    model.eval()
-    attention = model.config._attn_implementation
-    model.set_attn_implementation(getattr(model, "own_attention", attention))
     # Fresh, or the repetition penalty and the like of the model's own settings would apply.
     config, model.generation_config = model.generation_config, GenerationConfig()
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        with evaluating(model), torch.random.fork_rng(devices):
+            if hasattr(model, "own_attention"):
+                model.set_attn_implementation(model.own_attention)
             if generator is not None:  # model.generate draws from the global generator only
                 seed = torch.randint(2**31, (1,), device=generator.device, generator=generator)
                 torch.manual_seed(int(seed))
@@ -476,8 +462,6 @@ def transformers_generate(model, prompts, sampling, generator, batch_size):
                     responses.append(row[:end])
     finally:
         model.generation_config = config
-        model.set_attn_implementation(attention)
-        model.train(training)
     return responses
 
 
@@ -546,22 +530,17 @@ def load_reward(path, device, dtype=torch.float32):
     if "ForSequenceClassification" not in architecture(model) or model.config.num_labels != 1:
         kind = architecture(model)
         raise UserError(f"{path}: {kind} is no reward model: that has one label for a sequence")
-    model.scores_tokens = scores_tokens(model)
+    model.scores_tokens = holds(scores_tokens, model)
     if model.scores_tokens:
         model.score.float()  # a reward rounded to bfloat16 has three digits
     return model
 
 
-@torch.no_grad()
-def scores_tokens(model):
+def scores_tokens(model, ids):
     """Whether this model's output is `score(hidden)` at the last token: then any token has one."""
-    if not hasattr(model, "score"):
-        return False
-    pad = model.config.get_text_config().pad_token_id
-    ids = torch.tensor([[i for i in range(2, 12) if i != pad]], device=model.device)
     pooled = model(input_ids=ids).logits[0, 0].float()
     last = model.score(model.base_model(input_ids=ids).last_hidden_state)[0, -1, 0].float()
-    return bool((pooled - last).abs() <= 0.02 * pooled.abs())
+    return (pooled - last).abs() <= 0.02 * pooled.abs()
 
 
 def load_backbone(path, device, dtype=torch.float32):
@@ -591,46 +570,62 @@ def load_model(auto_class, path, device, dtype, **kwargs):
     return model
 
 
+@contextmanager
+def evaluating(model):
+    """The model in eval mode; afterwards its mode and its attention are what they were."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+
+
 @torch.no_grad()
+def holds(test, model):
+    """Whether test(model, ids) is true of one short sequence, ids (1, 9) or (1, 10); a model that
+    cannot even do what the test asks fails it.
+    """
+    config = model.config.get_text_config()
+    pad = getattr(config, "pad_token_id", None)  # some reward models look for it
+    ids = [i % config.vocab_size for i in range(2, 12) if i != pad]
+    try:
+        with evaluating(model):
+            return bool(test(model, torch.tensor([ids], device=model.device)))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+
+
 def use_causal_attention(model):
     """Let every forward use `slot_attention`, where that changes nothing: transformers' own reads
     the position ids back to the host in each forward, to see whether sequences are packed.
     """
-    if plain_length(model) < context_length(model):
-        return
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = torch.arange(2, 12, device=model.device)[None] % vocab_size
-    attention = model.config._attn_implementation
-    try:
-        own = model.base_model(input_ids=ids, use_cache=False)[0]
+    if plain_length(model) >= context_length(model) and holds(attention_is_causal, model):
+        model.own_attention = model.config._attn_implementation  # what transformers' generate needs
         model.set_attn_implementation("slots")
-        if nearly_equal(model.base_model(input_ids=ids, use_cache=False)[0], own):
-            model.own_attention = attention  # what transformers' generate needs
-            return
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        pass
-    model.set_attn_implementation(attention)
 
 
-@torch.no_grad()
+def attention_is_causal(model, ids):
+    own = model.base_model(input_ids=ids, use_cache=False)[0]
+    model.set_attn_implementation("slots")
+    return nearly_equal(model.base_model(input_ids=ids, use_cache=False)[0], own)
+
+
 def has_plain_head(model):
-    """Whether logits are just lm_head(hidden): one short batch tells. Some models scale theirs."""
+    """Whether logits are just lm_head(hidden); found out once. Some models scale or cap theirs."""
     if not hasattr(model, "plain_head"):
-        vocab = model.config.get_text_config().vocab_size
-        ids = torch.arange(2, 10, device=model.device)[None] % vocab
-        training = model.training
-        model.eval()
-        try:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = model(input_ids=ids, use_cache=False).logits
-            gap = (model.get_output_embeddings()(hidden) - logits).abs().max()
-            model.plain_head = bool(gap <= 1e-6 * logits.abs().max())  # a cap bends little
-        except (AttributeError, RuntimeError, TypeError):
-            model.plain_head = False
-        model.train(training)
+        model.plain_head = holds(head_is_plain, model)
         if not model.plain_head:
             print(f"{type(model).__name__}: logits are not lm_head(hidden), using its full forward")
     return model.plain_head
+
+
+def head_is_plain(model, ids):
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    gap = (model.get_output_embeddings()(hidden) - logits).abs().max()
+    return gap <= 1e-6 * logits.abs().max()  # a cap bends little
 
 
 def hidden_states(model, ids, **kwargs):

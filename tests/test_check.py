@@ -67,7 +67,7 @@ def test_broken_ones_are_noticed(tiny_folder, monkeypatch, capsys):
             slots.length += 1
             return logits
 
-        patch.setattr(common, "slots_agree", lambda model: True)
+        patch.setattr(common, "slots_agree", lambda model, ids: True)
         patch.setattr(common, "decode_logits", late)
         found = failures(capsys, tiny_folder)
         assert "sampling" in found and "greedy" in found
