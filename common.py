@@ -705,13 +705,13 @@ def token_scores(model, ids):
 
 def response_values(model, batch):
     """V(s_t) for the state before each response token, (B, R): a reward model read at every one."""
-    return take(token_scores(model, batch.ids), batch.positions)
+    return token_scores(model, batch.ids).gather(1, batch.positions)
 
 
 def sequence_scores(model, batch):
     """The reward model's score of each sequence (B,): read at its last real token, EOS or not."""
     if model.scores_tokens:
-        return take(token_scores(model, batch.ids), batch.lengths[:, None] - 1).squeeze(1)
+        return token_scores(model, batch.ids).gather(1, batch.lengths[:, None] - 1).squeeze(1)
     seen = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths[:, None]
     with autocast(batch.ids.device):
         logits = model(input_ids=batch.ids, attention_mask=seen.long()).logits
@@ -726,11 +726,6 @@ def context_length(model):
 def token_budget(cfg, device):
     """Padded tokens a forward may hold. A CPU gains nothing by more, and loses by the padding."""
     return cfg.micro_tokens or (16384 if device.type == "cuda" else 512)
-
-
-def take(x, positions):
-    """Row-wise x[b, positions[b]]: (B, T, ...), (B, R) -> (B, R, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], positions]
 
 
 def compile_layers(model, mode):

@@ -258,7 +258,7 @@ def mean_of_best(model, judgements, micro_tokens):
     for rows in micro_batches(judgements, micro_tokens):
         rewards, targets, mask = forward(model, [judgements[row] for row in rows])
         best = targets.masked_fill(mask == 0, torch.inf).argmin(1)  # (B,): a point has one
-        total += common.take(rewards, best[:, None]).sum().item()
+        total += rewards.gather(1, best[:, None]).sum().item()
     return total / len(judgements)
 
 
