@@ -140,8 +140,8 @@ class Slots:
         self.length = zeros(size)  # tokens in the cache
         self.count = zeros(size)  # tokens sampled
         self.done = torch.ones(size, dtype=torch.bool, device=device)  # answered, or never used
-        self.out = zeros(size, sampling.max_new_tokens)
-        self.logprobs = torch.zeros(size, sampling.max_new_tokens, device=device)
+        self.out = zeros(size, sampling.max_new_tokens + 1)  # a row that is done still writes
+        self.logprobs = torch.zeros(self.out.shape, device=device)
         self.noise = None  # (S, V), drawn afresh before each step
         self.filling = None  # during a prefill: the slots that its rows go to
         self.mask = None  # during a decode step: (S, 1, 1, kv) cached positions each row may see
@@ -161,14 +161,13 @@ class Slots:
     def append(self, rows, logits, noise):
         """Draw a token from logits (n, V) for each of `rows` (n,) that is not done yet."""
         tokens, logprobs = self.draw(logits, noise, self.sampling)
-        going = ~self.done[rows]
-        at = self.count[rows].clamp(max=self.out.shape[1] - 1)
-        self.out[rows, at] = torch.where(going, tokens, self.out[rows, at])
-        self.logprobs[rows, at] = torch.where(going, logprobs, self.logprobs[rows, at])
+        at = self.count[rows]  # of a row that is done, one past its answer
+        self.out[rows, at] = tokens
+        self.logprobs[rows, at] = logprobs
         self.token[rows] = tokens
-        self.count[rows] += going
-        ended = (tokens[:, None] == self.eos).any(-1) | (self.count[rows] == self.out.shape[1])
-        self.done[rows] |= ended
+        self.count[rows] += ~self.done[rows]
+        self.done[rows] |= (tokens[:, None] == self.eos).any(-1)
+        self.done[rows] |= self.count[rows] == self.sampling.max_new_tokens
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, slots=None, **kwargs):
