@@ -712,8 +712,13 @@ def sequence_scores(model, batch):
     if model.scores_tokens:
         return token_scores(model, batch.ids).gather(1, batch.lengths[:, None] - 1).squeeze(1)
     seen = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths[:, None]
-    with autocast(batch.ids.device):
-        logits = model(input_ids=batch.ids, attention_mask=seen.long()).logits
+    return pooled_scores(model, input_ids=batch.ids, attention_mask=seen.long())
+
+
+def pooled_scores(model, **inputs):
+    """Scores (B,) float32 where the model pools in its own way, less the stored mean."""
+    with autocast(model.device):
+        logits = model(**inputs).logits
     return logits.squeeze(-1).float() - getattr(model.config, "reward_mean", 0.0)
 
 
@@ -1284,16 +1289,14 @@ def model_scorer(reward, reward_tokenizer, tokenizer, max_tokens):
 def encoder_scores(reward, tokenizer, prompts, texts, batch_size=32):
     """Scores (B,) of an encoder reward model, which reads (question, answer) in its own way."""
     questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
-    longest = getattr(reward.config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = min(context_length(reward), tokenizer.model_max_length)
     scores = []
     for i in range(0, len(texts), batch_size):
         inputs = tokenizer(
             questions[i : i + batch_size], texts[i : i + batch_size], return_tensors="pt",
-            padding=True, truncation=True, max_length=min(longest, tokenizer.model_max_length),
+            padding=True, truncation=True, max_length=longest,
         ).to(reward.device)  # fmt: skip
-        with autocast(reward.device):
-            logits = reward(**inputs).logits.squeeze(-1).float()
-        scores.append(logits.cpu() - getattr(reward.config, "reward_mean", 0.0))
+        scores.append(pooled_scores(reward, **inputs).cpu())
     return torch.cat(scores)
 
 
