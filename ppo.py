@@ -255,29 +255,31 @@ def read_rollout(policy, ref, value, minibatches, responses, temperature):
     return rollout
 
 
-def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg):
-    """One optimiser step on the objective; returns its statistics.
-
-    Real tokens weigh the same in every micro-batch, so the gradient does not depend on how the
-    minibatch was cut.
+def token_shares(batches):
+    """Each batch with its share of the real tokens of all of them, on all processes. Weighted so,
+    every token counts the same, and the gradient does not depend on how a minibatch was cut.
     """
+    counts = [batch.mask.sum() for batch in batches]
+    total = sum(counts)
+    if batches:  # none without PPO-ptx
+        common.all_sum(total)
+    return [(batch, count / total) for batch, count in zip(batches, counts)]
+
+
+def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg):
+    """One optimiser step on the objective; returns its statistics."""
     totals = {}
-    tokens = sum(batch.mask.sum() for batch in minibatch)
-    common.all_sum(tokens)
-    for batch in minibatch:
+    for batch, share in token_shares(minibatch):
         logprobs = common.response_logprobs(policy, batch, cfg.temperature)  # (b, R)
         loss, stats = policy_loss(
             logprobs, batch.cut(rollout.logprobs), batch.cut(rollout.advantages), batch.mask,
             cfg.objective, cfg.cliprange, beta,
         )  # fmt: skip
-        share = batch.mask.sum() / tokens
         (loss * share).backward()
         add_stats(totals, share, stats | dict(pg_loss=loss.detach()))
-    ptx_tokens = sum((batch.mask.sum() for batch in ptx_batches), torch.zeros_like(tokens))
-    common.all_sum(ptx_tokens)
-    for batch in ptx_batches:  # PPO-ptx (InstructGPT, eq. 2): the SFT loss keeps what was learned
+    # PPO-ptx (InstructGPT, eq. 2): the SFT loss keeps what was learned.
+    for batch, share in token_shares(ptx_batches):
         loss = -masked_mean(common.response_logprobs(policy, batch), batch.mask)
-        share = batch.mask.sum() / ptx_tokens
         (cfg.ptx_coef * loss * share).backward()
         add_stats(totals, share, dict(ptx_loss=loss.detach()))
     ids = (row for batch in minibatch for row in batch.ids)
@@ -287,15 +289,12 @@ def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg)
 def update_value(value, optimizer, minibatch, rollout, cfg):
     """One optimiser step of the value model towards the returns; returns its statistics."""
     totals = {}
-    tokens = sum(batch.mask.sum() for batch in minibatch)
-    common.all_sum(tokens)
-    for batch in minibatch:
+    for batch, share in token_shares(minibatch):
         values = common.response_values(value, batch)  # (b, R)
         loss, clipfrac = value_loss(
             values, batch.cut(rollout.values), batch.cut(rollout.returns), batch.mask,
             cfg.cliprange_value,
         )  # fmt: skip
-        share = batch.mask.sum() / tokens
         (loss * share).backward()
         add_stats(totals, share, dict(vf_loss=loss.detach(), vf_clipfrac=clipfrac))
     ids = (row for batch in minibatch for row in batch.ids)
