@@ -1519,12 +1519,11 @@ def load_optimizer(optimizer, state):
 
 def adapter_weights(folder):
     """name -> tensor of an adapter, named as in LoRALinear."""
-    weights = load_file(folder / "adapter_model.safetensors")
-    names = {name: name.removeprefix("base_model.model.") for name in weights}
-    return {
-        names[k].removesuffix(".weight") if ".lora_" in k else names[k]: v
-        for k, v in weights.items()
-    }
+    weights = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        name = name.removeprefix("base_model.model.")
+        weights[name.removesuffix(".weight") if ".lora_" in name else name] = tensor
+    return weights
 
 
 ODD_ADAPTERS = """use_rslora use_dora rank_pattern alpha_pattern fan_in_fan_out lora_bias
