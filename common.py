@@ -1725,12 +1725,11 @@ class Run:
     def __init__(self, cfg):
         """Raises UserError when the folder is taken and no flag says what to do; writes nothing."""
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.start, self.stop_signal = 0, 0
-        settings = asdict(cfg)
+        self.start, self.stop_signal, self.report_due = 0, 0, 0.0
+        self.settings = settings = asdict(cfg)
         unimportant = "resume overwrite save_every keep shard device quiet".split()
         for name in (*unimportant, *LOGGERS):
             settings.pop(name)
-        self.report_due = 0.0
         for name in LOGGERS:
             if getattr(cfg, name) and importlib.util.find_spec(name) is None:
                 raise UserError(f"--{name}: not installed here (pip install {name})")
@@ -1742,11 +1741,10 @@ class Run:
             raise UserError("--shard: for several processes, by torchrun, and without --lora_rank")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: a file is in the way")
-        taken = self.out.exists() and any(path.suffix != ".tmp" for path in self.out.iterdir())
+        taken = any(path.suffix != ".tmp" for path in self.out.glob("*"))
         if taken and not (self.out / "run.json").exists():
             raise UserError(f"--out {self.out} is not empty and holds no run: choose another --out")
-        replace = taken and cfg.overwrite
-        if taken and not replace:
+        if taken and not cfg.overwrite:
             if not cfg.resume:
                 raise UserError(
                     f"--out {self.out} holds a run: continue it with --resume, replace it with "
@@ -1768,9 +1766,8 @@ class Run:
                 reads += [base] if base not in reads else []
         own = self.out.resolve()
         inside = [v for v in reads if v.exists() and own in (v.resolve(), *v.resolve().parents)]
-        if replace and inside:
+        if cfg.overwrite and inside:
             raise UserError(f"--overwrite {self.out}: it holds what this run reads, {inside[0]}")
-        self.settings = settings
 
     def begin(self, **objects):
         """Write the settings, and put `objects` (models, optimisers, plain dicts) where a resumed
