@@ -2130,7 +2130,7 @@ def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_toke
     weights = {p.data_ptr(): p.nbytes for p in weights}
     learned = [sum(own_part(p).nbytes for p in m.parameters() if p.requires_grad) for m in trained]
     parts = dict(weights=sum(weights.values()))  # shared ones count once
-    parts["gradients"] = max(learned, default=0)
+    parts["gradients"] = max(learned)
     parts["Adam"] = 2 * sum(learned)
     if sampler is not None:
         config = sampler.config.get_text_config()
@@ -2139,10 +2139,10 @@ def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_toke
         head_size = head_size or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * head_size * sampler.dtype.itemsize
         parts["K/V"] = cached_tokens * a_token
-    widths = [m.config.get_text_config() for m in trained]
-    width = max((w.num_hidden_layers * w.hidden_size for w in widths), default=0)
-    a_token = 2 if cfg.gradient_checkpointing else 34
-    parts["activations about"] = token_budget(cfg, device) * width * a_token
+    configs = [m.config.get_text_config() for m in trained]
+    units = max(config.num_hidden_layers * config.hidden_size for config in configs)
+    bytes_each = 2 if cfg.gradient_checkpointing else 34
+    parts["activations about"] = token_budget(cfg, device) * units * bytes_each
     text = ", ".join(f"{name} {amount / 2**30:.2f}" for name, amount in parts.items())
     text = f"memory, GiB: {text}; in all {sum(parts.values()) / 2**30:.2f}"
     if device.type == "cuda":
