@@ -1700,14 +1700,14 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def append_jsonl(file, rows):
-    """Add lines to an open binary file; they are on disk when this returns."""
+def append_jsonl(path, rows):
+    """Add lines to a file; they are on disk when this returns."""
     if rank():
         return
-    for row in rows:
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    file.flush()
-    os.fsync(file.fileno())
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 LOGGERS = ("tensorboard", "wandb")  # flags, and packages that the user may have

@@ -30,7 +30,6 @@ Where this departs from the papers:
 
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -216,25 +215,24 @@ def sample_candidates(run, name, policy, score, prompts, eos, cfg):
     path = run.out / f"{name}.jsonl"
     part = max(1, 4 * cfg.slots // cfg.n)  # prompts: enough answers to keep the slots busy
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith(b"\n")]  # a kill may leave half a line
-    candidates = [json.loads(line) for line in lines]
+    # A kill may leave half a line.
+    candidates = [json.loads(line) for line in lines if line.endswith(b"\n")]
     if [c["prompt_ids"] for c in candidates] != [p["ids"] for p in prompts[: len(candidates)]]:
         raise common.UserError(f"{path}: answers to other prompts than --data holds now")
     # A part that was not written to its end is sampled again, from the same seed.
-    done = len(lines) if len(lines) == len(prompts) else len(lines) // part * part
-    candidates = candidates[:done]
+    if len(candidates) < len(prompts):
+        candidates = candidates[: len(candidates) // part * part]
     common.wait_for_all()  # until each has read it
-    with open(os.devnull if common.rank() else path, "ab") as file:
-        if common.rank() == 0:
-            file.truncate(sum(map(len, lines[:done])))
-        for step in run.steps(math.ceil(len(prompts) / part), math.ceil(done / part), name):
-            own = prompts[(step - 1) * part : step * part]
-            generator = common.make_generator(policy.device, cfg.seed, name, step, shared=False)
-            new = sample_and_score(policy, score, common.share(own), eos, generator, cfg)
-            new = common.gather(new, len(own))
-            common.append_jsonl(file, new)
-            candidates += new
-            run.show(score=np.mean([candidate["scores"] for candidate in new]))
+    common.write_jsonl(path, candidates)
+    done = math.ceil(len(candidates) / part)
+    for step in run.steps(math.ceil(len(prompts) / part), done, name):
+        own = prompts[(step - 1) * part : step * part]
+        generator = common.make_generator(policy.device, cfg.seed, name, step, shared=False)
+        new = sample_and_score(policy, score, common.share(own), eos, generator, cfg)
+        new = common.gather(new, len(own))
+        common.append_jsonl(path, new)
+        candidates += new
+        run.show(score=np.mean([candidate["scores"] for candidate in new]))
     return candidates
 
 
