@@ -398,31 +398,33 @@ def judge_best(candidates, gold, tokenizer, cfg):
     """Best-of-N on held-out prompts: its answers, as `common.evaluate` gives a policy's, and the
     curve over n = 1, 2, 4, ... up to N: bound of the KL, mean score, share of good answers.
     """
-    column = lambda key: torch.tensor([candidate[key] for candidate in candidates])  # noqa: E731
-    rewards, scores, ended = column("rewards"), column("scores"), column("ended")  # (P, N) each
+    rewards, scores, ended = (
+        torch.tensor([c[key] for c in candidates]) for key in ("rewards", "scores", "ended")
+    )  # (P, N) each
     prompts = [candidate["prompt"] for candidate in candidates for _ in range(cfg.n)]
     prompt_ids = [candidate["prompt_ids"] for candidate in candidates for _ in range(cfg.n)]
     responses = [response for candidate in candidates for response in candidate["responses"]]
     judged = gold(prompts, prompt_ids, responses).view_as(scores) if gold else None
+
+    def pick(x, n):
+        # Of every group of n answers, its best: all count, so that a small n is not noisy.
+        own = [y[:, : cfg.n // n * n].reshape(-1, n) for y in (rewards, ended, x)]
+        best = best_that_ended(own[0], own[1])
+        return own[2][torch.arange(len(best)), best]
+
     curve = []
     for n in sorted({2**i for i in range(cfg.n.bit_length())} | {cfg.n}):
-        used = cfg.n // n * n  # every group of n answers counts, so that a small n is not noisy
-        groups = lambda x: x[:, :used].reshape(-1, n)  # noqa: B023, E731
-        best = best_that_ended(groups(rewards), groups(ended))[:, None]
-        pick = lambda x: groups(x).gather(1, best)  # noqa: B023, E731
-        point = dict(n=n, kl=best_of_n_kl(n), score=pick(scores).mean().item())
+        point = dict(n=n, kl=best_of_n_kl(n), score=pick(scores, n).mean().item())
         if gold:
-            point["gold"] = (pick(judged) >= 0.5).float().mean().item()
+            point["gold"] = (pick(judged, n) >= 0.5).float().mean().item()
         curve.append(point)
-    best = best_that_ended(rewards, ended)  # (P,)
-    rows = torch.arange(len(best))
-    chosen = [candidate["responses"][i] for candidate, i in zip(candidates, best)]
-    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in chosen]
+    numbers = torch.arange(len(responses)).view_as(scores)
+    chosen = [responses[i] for i in pick(numbers, cfg.n)]
     return dict(
-        texts=texts,
-        scores=scores[rows, best],
-        gold=judged[rows, best] if gold else None,
-        eos_rate=ended[rows, best].float().mean().item(),
+        texts=[tokenizer.decode(response, skip_special_tokens=True) for response in chosen],
+        scores=pick(scores, cfg.n),
+        gold=pick(judged, cfg.n) if gold else None,
+        eos_rate=pick(ended, cfg.n).float().mean().item(),
         kl=None,  # there is a bound only
     ), curve
 
