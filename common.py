@@ -2095,10 +2095,9 @@ def training_flops(models, tokens, head_tokens):
     """
     flops = 0
     for model in models:
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        layers = sum(p.numel() for layer in blocks(model) for p in layer.parameters())
+        head = model.get_output_embeddings()
         head = 0 if head is None else head.weight.numel()
-        tied = model.config.get_text_config().tie_word_embeddings
-        layers = model.num_parameters() - embedding.numel() - (0 if tied else head)
         each = 4 if hasattr(model, "lora") else 6
         flops += each * (tokens * layers + head_tokens * head)
     return flops
