@@ -291,11 +291,11 @@ def generate(
     is left as it was found, but on CUDA it keeps the buffers and graphs for the next call, until
     drop_slots(model): change its weights in place. Raises ValueError for an empty prompt.
     """
-    if min((len(p) for p in prompts), default=1) == 0:
+    if not all(map(len, prompts)):
         raise ValueError("generate: an empty prompt has no token to continue from")
     eos = [eos_id] if isinstance(eos_id, int) else list(eos_id)
     sampling = Sampling(eos, max_new_tokens, temperature, top_k, top_p)
-    max_length = max((len(p) for p in prompts), default=0) + max_new_tokens
+    max_length = max(map(len, prompts), default=0) + max_new_tokens
     if not slots_work(model, max_length):
         responses = transformers_generate(model, prompts, sampling, generator, slots)
         return (responses, None) if logprobs else responses
