@@ -441,8 +441,7 @@ def report_over_optimisation(work, seeds):
 LEFT_OUT = dict(  # folder: what it is, flags; a patch edits a line of ppo.py
     ppo=("all of them (the defaults)", {}),
     value_zero=("value model from the policy, zero head", dict(
-        patch="load = ppo.load_value; ppo.load_value = lambda cfg, device, tokenizer, *_: "
-        "load(cfg, device, tokenizer, None, None)"
+        patch="load = ppo.load_value; ppo.load_value = lambda *args: load(*args[:-2], None, None)"
     )),
     no_whitening=("no whitening", dict(patch="ppo.whiten = lambda x, mask: x * mask")),
     no_kl=("no KL penalty", dict(kl_coef=0.0)),
