@@ -307,26 +307,22 @@ def generate(
     waiting, answers = list(range(len(prompts))), [None] * len(prompts)
     size = min(slots, len(prompts))
     with slot_model(model, size, max_length, sampling, keep=uses_graphs(model)) as state:
-        answering = [None] * state.size  # which prompt each slot works on
-        while True:
-            done = state.done.nonzero().flatten().tolist()
-            done = [slot for slot in done if answering[slot] is not None]
-            for slot, answer in zip(done, state.answers(done)):
-                answers[answering[slot]] = answer
-                answering[slot] = None
+        free, answering = list(range(state.size)), {}  # slots without a prompt; slot: its prompt
+        while waiting or answering:
             # A prefill costs as much as a decode step or more: it waits for an eighth of the slots.
-            while waiting and answering.count(None) >= max(1, state.size // 8):
-                free = [slot for slot, prompt in enumerate(answering) if prompt is None]
-                free = free[: min(together, len(waiting))]
-                taken, waiting = waiting[: len(free)], waiting[len(free) :]
-                for slot, prompt in zip(free, taken):
-                    answering[slot] = prompt
-                prefill(model, state, free, [prompts[i] for i in taken], generator)
-            if answering.count(None) == state.size:
-                break
+            while waiting and len(free) >= max(1, state.size // 8):
+                n = min(len(free), len(waiting), together)
+                taken = dict(zip(free[:n], waiting[:n]))
+                prefill(model, state, list(taken), [prompts[i] for i in taken.values()], generator)
+                answering |= taken
+                free, waiting = free[n:], waiting[n:]
             kv = -(-(int(state.length.max()) + burst) // bucket) * bucket
             for _ in range(burst):
                 decode_step(model, state, min(kv, state.max_length), generator)
+            done = [slot for slot in state.done.nonzero().flatten().tolist() if slot in answering]
+            for slot, answer in zip(done, state.answers(done)):
+                answers[answering.pop(slot)] = answer
+            free = sorted(free + done)
     responses = [tokens for tokens, _ in answers]
     return (responses, [own for _, own in answers]) if logprobs else responses
 
