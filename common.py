@@ -38,7 +38,6 @@ from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -62,6 +61,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     HfArgumentParser,
+    set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -837,14 +837,6 @@ def make_generator(device, *key, shared=True):
     if not shared and rank():
         key = (*key, rank())
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
-
-
-def seed_all(*key, shared=True):
-    """Seed the global generators, for code that draws from them: a --reward_fn, say."""
-    number = make_generator("cpu", *key, shared=shared).initial_seed()
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.manual_seed(number)
 
 
 def epoch_batch(n, size, step, seed):
@@ -1872,7 +1864,9 @@ class Run:
         try:
             for step in range(start + 1, total + 1):
                 self.step, self.began = step, time.perf_counter()
-                seed_all(self.cfg.seed, step, shared=False)
+                # For code that draws from the global generators: a --reward_fn, say.
+                own = make_generator("cpu", self.cfg.seed, step, shared=False)
+                set_seed(own.initial_seed() % 2**32)
                 yield step
                 self.bar.update()
                 self.stop_signal = max_of_all(self.stop_signal)  # all stop after the same step
