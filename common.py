@@ -1426,19 +1426,18 @@ def add_lora(model, cfg):
         model.score.requires_grad_(True)
     generator = make_generator("cpu", cfg.seed, "lora")
     found = [
-        (block, name, linear)
+        (layer, name, linear)
         for layer in blocks(model)
-        for block in layer.modules()
-        for name, linear in block.named_children()
+        for name, linear in layer.named_modules()
         if isinstance(linear, torch.nn.Linear)
     ]
     if not found:
         raise UserError(f"--lora_rank: {type(model).__name__} has no linear layers in its blocks")
-    for block, name, linear in found:
+    for layer, name, linear in found:
         lora = LoRALinear(linear, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank)
         shape = lora.lora_A.shape
         lora.lora_A.data.copy_(torch.randn(shape, generator=generator) / cfg.lora_rank)
-        setattr(block, name, lora)
+        layer.set_submodule(name, lora)
     model.lora = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
 
 
