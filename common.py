@@ -1310,7 +1310,7 @@ def evaluate(policy, sampler, ref, prompts, tokenizer, eos, score, gold, cfg):
     for batch in batches(examples, token_budget(cfg, policy.device), policy.device):
         logprobs = response_logprobs(policy, batch, cfg.temperature)  # (b, R)
         ref_logprobs = response_logprobs(ref, batch, cfg.temperature)
-        kl[batch.rows] = ((logprobs - ref_logprobs) * batch.mask).sum(1)
+        kl[batch.rows] = (logprobs - ref_logprobs).sum(1)
     responses, kl = gather(responses, len(prompts)), gather(kl.tolist(), len(prompts))
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],

@@ -138,7 +138,7 @@ def evaluate(model, examples, micro_tokens):
     total = tokens = 0.0
     for batch in common.batches(examples, micro_tokens, model.device):
         logprobs = common.response_logprobs(model, batch)  # (b, R)
-        total -= (logprobs * batch.mask).sum().item()
+        total -= logprobs.sum().item()
         tokens += batch.mask.sum().item()
     return total / tokens
 
@@ -179,7 +179,7 @@ def main(cfg):
         for batch in common.batches(examples, micro_tokens, device, common.share(rows)):
             logprobs = common.response_logprobs(model, batch)  # (b, R)
             # Every token of the whole batch weighs the same, however the batch is cut.
-            micro_loss = -(logprobs * batch.mask).sum() / batch_tokens
+            micro_loss = -logprobs.sum() / batch_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
 
