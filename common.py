@@ -1964,11 +1964,11 @@ def make_missing_stages(cfg):
         command += ["--resume"] if (Path(folder) / "run.json").exists() else []
         # Ctrl-C reaches the stage too, SIGTERM is passed on: it saves and stops; then so do we.
         stage = subprocess.Popen(command)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        on_terminate = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
         code = stage.wait()
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_terminate)
         if code:
             raise SystemExit(128 - code if code < 0 else code)  # a signal before its steps began
 
