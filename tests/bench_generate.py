@@ -9,6 +9,7 @@ keys and values of the tokens that are there on average.
 """
 
 import argparse
+import gc
 import json
 
 import torch
@@ -22,10 +23,11 @@ def peer_generate(model, prompts, new):
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).to(model.device)
-    model.generate(
-        ids, attention_mask=seen, max_new_tokens=new, do_sample=True, top_k=0, top_p=1.0,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    with common.as_it_is(model):  # its cache would compile every layer anew
+        model.generate(
+            ids, attention_mask=seen, max_new_tokens=new, do_sample=True, top_k=0, top_p=1.0,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
 
 
 def main():
@@ -41,6 +43,8 @@ def main():
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bandwidth = memory_bandwidth(device)
     for shape in args.shapes.split(","):
+        model = None
+        gc.collect()  # a compiled layer refers to itself; two models would share the memory
         model = random_model(shape, device, dtype).eval().requires_grad_(False)
         common.has_plain_head(model)
         common.compile_layers(model, args.compile)

@@ -64,17 +64,23 @@ def measure(configuration, steps, folder, more):
             if reward:
                 model.scores_tokens = True
                 model.score.float()
+            else:
+                common.has_plain_head(model)
             return model
 
         return load_random
 
     common.load_policy, common.load_reward = load(policy, False), load(value, True)
     common.Run.finish = lambda self, model, tokenizer, results: self.metrics.close()
+    # What fits 80 GB: OPT keeps the K/V of all its heads, 0.1 GiB a slot of 512 tokens.
+    slots = 128 if policy.startswith("opt") else int(episodes)
+    if policy in ("1.5b", "7b") and not more["micro_tokens"]:
+        more = more | dict(micro_tokens=4096)
     cfg = ppo.Config(
         policy="random", reward="random", data=str(folder / "prompts.jsonl"),
         eval_data=str(folder / "eval.jsonl"), out=str(folder / "ppo"), steps=steps,
         batch_size=int(episodes), max_new_tokens=new, ppo_epochs=int(epochs), lr=1e-6,
-        value_lr=1e-6, save_every=0, sample_every=0, slots=int(episodes),
+        value_lr=1e-6, save_every=0, sample_every=0, slots=slots,
         lora_rank=int(rank[0]) if rank else 0, **more,
     )  # fmt: skip
     ppo.main(cfg)

@@ -56,6 +56,7 @@ def random_model(shape, device, dtype, reward=False):
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, None, 1
     auto_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     config.num_labels = 1
+    config.dropout = config.attention_dropout = 0.0  # as common.load_model makes it
     with torch.device(device):
         return auto_class.from_config(config, dtype=dtype)
 

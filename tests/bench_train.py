@@ -9,6 +9,7 @@ step. The floor is the operations over the rate of a large matrix product.
 """
 
 import argparse
+import gc
 import json
 from functools import partial
 
@@ -31,7 +32,7 @@ def main():
     parser.add_argument("--shapes", default="135m,1.5b", help=", ".join(SHAPES))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--micro_tokens", type=int, default=16384)
+    parser.add_argument("--micro_tokens", type=int, default=4096)
     parser.add_argument("--compile", default="off,auto")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
@@ -71,7 +72,8 @@ def main():
             row |= common.utilisation(flops, best, device)
             print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v
                               for k, v in row.items()}), flush=True)  # fmt: skip
-            del model, optimizer, update  # or two models would share the memory
+            del model, optimizer, update
+            gc.collect()  # a compiled layer refers to itself; two models would share the memory
 
 
 if __name__ == "__main__":
