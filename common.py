@@ -65,6 +65,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+# On an H100 torch would choose cuDNN's attention, which builds a plan, up to a second, for each new
+# batch size and length; flash attention needs none.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 EMBEDDED = Path(__file__).resolve().parent / "data"  # the small HHH world, for lack of other data
 
 
@@ -150,8 +154,11 @@ class Slots:
         self.draw = draw
 
     def fit(self, size, max_length, sampling):
-        """Whether these can serve another call; its graphs have the settings built in."""
-        return self.size >= size and self.max_length >= max_length and self.sampling == sampling
+        """Whether these can serve another call. Far more rows than it needs would make each of its
+        steps slower, and the graphs have the settings built in.
+        """
+        near = size <= self.size <= 1.25 * size
+        return near and self.max_length >= max_length and self.sampling == sampling
 
     def answers(self, slots):
         """What was sampled in each of `slots`: (token ids, log-probs)."""
@@ -407,6 +414,8 @@ def slots_agree(model, ids):
         slots.token[:] = ids[0, [5, 8]]
         step = decode_logits(model, slots, 10)
         model.step_never_waits = never_waits(partial(decode_logits, model, slots, 10))
+        if not model.step_never_waits:
+            print(f"{type(model).__name__}: a step reads the device back, so no CUDA graph: slow")
     return nearly_equal(step, torch.stack(plain))
 
 
@@ -441,7 +450,8 @@ def transformers_generate(model, prompts, sampling, generator, batch_size):
     config, model.generation_config = model.generation_config, GenerationConfig()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with evaluating(model), torch.random.fork_rng(devices):
+        # Its cache names each layer by a number, so that compiled layers would not share code.
+        with evaluating(model), as_it_is(model), torch.random.fork_rng(devices):
             if hasattr(model, "own_attention"):
                 model.set_attn_implementation(model.own_attention)
             if generator is not None:  # model.generate draws from the global generator only
@@ -588,6 +598,8 @@ def holds(test, model):
     try:
         with evaluating(model):
             return bool(test(model, torch.tensor([ids], device=model.device)))
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
 
@@ -670,9 +682,9 @@ def response_logprobs(model, batch, temperature=1.0, entropy=False):
     with autocast(batch.ids.device):
         hidden = hidden_states(model, batch.ids)[row, batch.positions[row, column]]  # (N, d)
         tokens = batch.tokens[row, column]
-        run = head_logprobs
+        run = getattr(model, "compiled_head_logprobs", head_logprobs)
         if torch.is_grad_enabled() and len(tokens) > 1024:  # a single chunk has nothing to save
-            run = partial(checkpoint, head_logprobs, use_reentrant=False)
+            run = partial(checkpoint, run, use_reentrant=False)
         chunks = zip(hidden.split(1024), tokens.split(1024))
         parts = [run(lm_head(model), h, t, temperature, entropy) for h, t in chunks]
     empty = torch.zeros_like(batch.mask)
@@ -725,7 +737,7 @@ def context_length(model):
 
 def token_budget(cfg, device):
     """Padded tokens a forward may hold. A CPU gains nothing by more, and loses by the padding."""
-    return cfg.micro_tokens or (16384 if device.type == "cuda" else 512)
+    return cfg.micro_tokens or (8192 if device.type == "cuda" else 512)
 
 
 def compile_layers(model, mode):
@@ -738,7 +750,8 @@ def compile_layers(model, mode):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         for layer in blocks(model):
             layer.compile(dynamic=True)
-        model.layers_compiled = True
+        # Fewer passes over the logits, which are larger than all else.
+        model.compiled_head_logprobs = torch.compile(head_logprobs, dynamic=True)
 
 
 def blocks(model):
@@ -748,7 +761,7 @@ def blocks(model):
 
 
 def is_compiled(model):
-    return getattr(model, "layers_compiled", False)
+    return hasattr(model, "compiled_head_logprobs")
 
 
 def as_it_is(model):
@@ -2107,12 +2120,24 @@ def clock(device):
     return time.perf_counter()
 
 
+def activation_bytes(model, checkpointing):
+    """About what a forward keeps for its backward, bytes a token, under bfloat16 autocast with
+    compiled layers: counted with Llama and Qwen2. Layers that are not compiled keep half as much
+    again.
+    """
+    config = model.config.get_text_config()
+    names = ("intermediate_size", "ffn_dim", "n_inner")
+    inner = [getattr(config, name) for name in names if getattr(config, name, None)]
+    inner = inner[0] if inner else 4 * config.hidden_size
+    a_layer = 4 * config.hidden_size if checkpointing else 18 * config.hidden_size + 6 * inner
+    return config.num_hidden_layers * a_layer
+
+
 def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_tokens=0):
     """What the run will hold at its peak, in GiB, beside what the card has.
 
-    Weights, gradients (of one model at a time), Adam's moments and the sampler's K/V are counted;
-    the activations of a micro-batch are a rule of thumb, 34 bytes for each token, layer and hidden
-    unit (Korthikanti et al. 2022, without the attention matrices), 2 with checkpointing.
+    Weights, gradients (of one model at a time), Adam's moments, autocast's bfloat16 copies of the
+    weights and the sampler's K/V are counted; the activations of a micro-batch are a rule of thumb.
     """
     weights = [own_part(p) for m in [*trained, *frozen] for p in m.parameters()]
     weights = {p.data_ptr(): p.nbytes for p in weights}
@@ -2120,6 +2145,8 @@ def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_toke
     parts = dict(weights=sum(weights.values()))  # shared ones count once
     parts["gradients"] = max(learned)
     parts["Adam"] = 2 * sum(learned)
+    if device.type == "cuda":
+        parts["bfloat16 copies"] = parts["gradients"] // 2
     if sampler is not None:
         config = sampler.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -2127,10 +2154,8 @@ def print_memory_plan(device, cfg, trained, frozen=(), sampler=None, cached_toke
         head_size = head_size or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * head_size * sampler.dtype.itemsize
         parts["K/V"] = cached_tokens * a_token
-    configs = [m.config.get_text_config() for m in trained]
-    units = max(config.num_hidden_layers * config.hidden_size for config in configs)
-    bytes_each = 2 if cfg.gradient_checkpointing else 34
-    parts["activations about"] = token_budget(cfg, device) * units * bytes_each
+    each = max(activation_bytes(m, cfg.gradient_checkpointing) for m in trained)
+    parts["activations about"] = token_budget(cfg, device) * each
     text = ", ".join(f"{name} {amount / 2**30:.2f}" for name, amount in parts.items())
     text = f"memory, GiB: {text}; in all {sum(parts.values()) / 2**30:.2f}"
     if device.type == "cuda":

@@ -82,7 +82,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, policy and value apart")
     ptx_coef: float = HfArg(default=0.0, help="PPO-ptx: weight of the SFT loss")
     ptx_data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="for PPO-ptx")
-    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
+    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 8192 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
     shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
     # LoRA

@@ -81,7 +81,7 @@ class Config:
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
     max_length: int = HfArg(default=1024, help="tokens; longer --pairs are left out")
-    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
+    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 8192 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
     shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
     # LoRA
@@ -349,7 +349,7 @@ def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):
     totals = torch.zeros(len(names), device=policy.device)
     for rows in micro_batches(pairs, common.share(batch), cfg, policy.device):
         both = [[ref_logprobs[key][row] for row in rows] for key in ("chosen", "rejected")]
-        ref_chosen, ref_rejected = torch.tensor(both, device=policy.device)
+        ref_chosen, ref_rejected = common.on_device(both, policy.device)
         chosen, rejected = pair_logprobs(policy, [pairs[row] for row in rows], cfg.temperature)
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss)
         share = len(rows) / len(batch)

@@ -41,7 +41,7 @@ class Config:
     warmup: int = HfArg(default=20, help="optimiser steps of linear warm-up")
     lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
-    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 16384 CUDA, 512 CPU")
+    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 8192 CUDA, 512 CPU")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
     shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
     # LoRA

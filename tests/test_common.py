@@ -534,6 +534,70 @@ def test_kept_graphs_see_weights_that_change_in_place_and_settings_that_change(g
     assert drawn(temperature=5.0, top_k=1) == second
 
 
+def test_kept_slots_are_not_many_more_than_a_later_call_needs(graphs):
+    """An evaluation of many prompts once made every rollout after it decode as many rows."""
+    model = copy.deepcopy(cached_model("llama"))
+    plain = plain_greedy(model, PROMPTS, 8, [EOS])
+    for n, size in ((6, 6), (5, 6), (2, 2), (4, 4)):
+        found = common.generate(model, PROMPTS[:n], 8, EOS, temperature=0)
+        assert found == plain[:n] and model.kept_slots.size == size
+
+
+def test_a_step_that_waits_for_the_device_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(common, "never_waits", lambda step: False)
+    model = copy.deepcopy(cached_model("llama"))
+    found = common.generate(model, PROMPTS, 8, EOS, temperature=0)
+    assert found == plain_greedy(model, PROMPTS, 8, [EOS])
+    assert capsys.readouterr().out.count("no CUDA graph") == 1
+
+
+def test_out_of_memory_is_not_taken_for_a_model_that_slots_cannot_run(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(common, "prefill", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        common.generate(make_llama(60), PROMPTS, 8, EOS)
+
+
+@pytest.mark.slow  # a minute of compilation
+def test_a_compiled_model_that_falls_back_runs_its_cache_uncompiled():
+    """Each layer would be a graph of its own, and past 64 of them torch stops."""
+    from torch._dynamo.utils import counters
+
+    model = copy.deepcopy(cached_model("llama"))
+    common.compile_layers(model, "on")
+    model.slots_agree = False
+    counters.clear()
+    found = common.generate(model, PROMPTS, 8, EOS, temperature=0)
+    assert found == plain_greedy(copy.deepcopy(cached_model("llama")), PROMPTS, 8, [EOS])
+    assert not counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_compiled_head_gives_the_same_log_probs_and_gradients(entropy):
+    """Of 1,600 tokens, so in two chunks, each computed again in the backward."""
+    model = make_llama(60, seed=1)
+    common.has_plain_head(model)
+    examples = [([5 + i % 50 for i in range(250)], [0] * 50 + [1] * 200)] * 8
+    batch = common.collate(examples, range(8), CPU)
+
+    def run():
+        out = common.response_logprobs(model, batch, 0.7, entropy)
+        out = sum(out) if entropy else out
+        model.zero_grad()
+        out.sum().backward()
+        return out.detach(), [p.grad.clone() for p in model.parameters()]
+
+    plain, gradients = run()
+    model.compiled_head_logprobs = torch.compile(common.head_logprobs, dynamic=True)
+    compiled, same = run()
+    assert (plain - compiled).abs().max() < 1e-4
+    for a, b in zip(gradients, same):
+        assert (a - b).abs().max() < 1e-4 * max(1, a.abs().max())
+
+
 @pytest.mark.slow  # a minute of compilation
 def test_compiled_layers_generate_the_same_without_compiling_for_every_length():
     from torch._dynamo.utils import counters

@@ -512,9 +512,37 @@ def test_the_memory_plan_counts_what_is_there(capsys):
     numbers = [float(x) for x in re.findall(r"[0-9.]+[0-9]", capsys.readouterr().out)]
     P = sum(p.numel() for p in model.parameters())
     kv = 2**20 * 2 * 2 * 2 * 8 * 2  # tokens, K and V, layers, groups, head size, bytes
-    activations = 2**20 * 2 * 32 * 34
+    activations = 2**20 * 2 * (18 * 32 + 6 * 64)  # layers, hidden and intermediate size
     parts = [(4 + 4 + 2) * P, 4 * P, 16 * P, kv, activations]
     assert numbers == pytest.approx([x / 2**30 for x in [*parts, sum(parts)]], abs=0.006)
+
+
+@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", [168, 372])  # SmolLM2's and Qwen2.5-1.5B's proportions
+def test_the_rule_of_thumb_for_activations_is_what_autograd_keeps(inner, compile):
+    """What a second sequence adds to the bytes saved for the backward: of the layers alone."""
+    sizes = dict(hidden_size=64, intermediate_size=inner, num_hidden_layers=3)
+    model = make_llama(60, **sizes)
+    common.use_causal_attention(model)
+    common.compile_layers(model, compile)
+
+    def saved(B):
+        storages = {}
+
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        ids = torch.arange(256 * B).view(B, 256) % 60
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.sum().backward()
+        return sum(storages.values())
+
+    measured = (saved(4) - saved(2)) / 512
+    rule = common.activation_bytes(model, checkpointing=False)
+    assert 0.8 < measured / rule / (1.5 if compile == "off" else 1) < 1.25
 
 
 @pytest.mark.slow  # it trains the embedded world's first steps
