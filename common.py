@@ -550,7 +550,10 @@ def scores_tokens(model, ids):
 
 def load_backbone(path, device, dtype=torch.float32):
     """A causal LM's layers under a new score head, to train as a reward or value model."""
-    return load_model(AutoModelForSequenceClassification, path, device, dtype, num_labels=1)
+    model = load_model(AutoModelForSequenceClassification, path, device, dtype, num_labels=1)
+    if not hasattr(model, "score"):
+        raise UserError(f"{path}: {architecture(model)} is no causal language model to build on")
+    return model
 
 
 def architecture(model):
@@ -1726,6 +1729,7 @@ class Run:
         """Raises UserError when the folder is taken and no flag says what to do; writes nothing."""
         self.cfg, self.out = cfg, Path(cfg.out)
         self.start, self.stop_signal, self.report_due = 0, 0, 0.0
+        self.asked = math.inf  # when the first signal came
         self.settings = settings = asdict(cfg)
         unimportant = "resume overwrite save_every keep shard device quiet".split()
         for name in (*unimportant, *LOGGERS):
@@ -1887,6 +1891,7 @@ class Run:
                     self.checkpoint(step)
                 if self.stop_signal:
                     self.print(f"stopped after step {step}; --resume continues")
+                    wait_for_all()  # torchrun ends the others as soon as one has ended
                     raise SystemExit(128 + self.stop_signal)
         finally:
             self.bar.close()
@@ -1894,11 +1899,16 @@ class Run:
                 signal.signal(number, handler)
 
     def on_signal(self, number, frame):
-        """The first Ctrl-C or SIGTERM lets the step end and saves; the second one stops at once."""
-        if self.stop_signal:
+        """The first Ctrl-C or SIGTERM lets the step end and saves; the second one stops at once,
+        but not within a second: torchrun may pass on what the processes were sent, too.
+        """
+        now = time.monotonic()
+        if now > self.asked + 1:
             raise SystemExit(128 + number)
+        if self.asked == math.inf:
+            self.asked = now
+            self.print("stopping after this step (again: at once)")
         self.stop_signal = number
-        self.print("stopping after this step (again: at once)")
 
     def log(self, show, **metrics):
         """One line of metrics.jsonl; `show` names the few that the progress bar has room for."""

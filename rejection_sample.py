@@ -190,6 +190,8 @@ def sample_and_score(policy, score, prompts, eos, generator, cfg):
     # which padding to other lengths would not promise.
     answers = [(i // cfg.n, tuple(response)) for i, response in enumerate(responses)]
     different = list(dict.fromkeys(answers))
+    # As many on each process: a sharded model runs on all of them at once.
+    different += different[:1] * (common.max_of_all(len(different)) - len(different))
     texts = [prompts[i]["prompt"] for i, _ in different]
     ids = [prompts[i]["ids"] for i, _ in different]
     scores = score(texts, ids, [list(response) for _, response in different])
@@ -216,8 +218,12 @@ def sample_candidates(run, name, policy, score, prompts, eos, cfg):
     part = max(1, 4 * cfg.slots // cfg.n)  # prompts: enough answers to keep the slots busy
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     # A kill may leave half a line.
-    candidates = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    if [c["prompt_ids"] for c in candidates] != [p["ids"] for p in prompts[: len(candidates)]]:
+    try:
+        candidates = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        answered = [candidate["prompt_ids"] for candidate in candidates]
+    except (ValueError, KeyError, TypeError):
+        raise common.UserError(f"{path}: not what this run wrote; remove it") from None
+    if answered != [p["ids"] for p in prompts[: len(candidates)]]:
         raise common.UserError(f"{path}: answers to other prompts than --data holds now")
     # A part that was not written to its end is sampled again, from the same seed.
     if len(candidates) < len(prompts):
@@ -482,6 +488,8 @@ def main(cfg):
     device = common.choose_device(cfg.device)
     frozen_dtype = common.frozen_dtype(device)
     if cfg.prompt:
+        if cfg.shard or common.world_size() > 1:
+            raise common.UserError("--prompt: in one process, without torchrun and --shard")
         common.make_missing_stages(cfg)
         answer(cfg, device, frozen_dtype)
         return

@@ -241,9 +241,6 @@ def new_reward_model(path, tokenizer, device, seed, dtype=torch.float32):
             raise common.UserError(f"{path}: no special token but EOS, so none is left to pad with")
         tokenizer.pad_token = spare[0]
     model = common.load_backbone(path, device, dtype)
-    if not hasattr(model, "score"):
-        kind = common.architecture(model)
-        raise common.UserError(f"{path}: {kind} is no causal language model to build on")
     model.config.pad_token_id = tokenizer.pad_token_id
     hidden = model.score.float().weight.shape[1]
     generator = common.make_generator("cpu", seed, "head")

@@ -1377,6 +1377,20 @@ def test_begin_restores_objects_in_place_and_truncates_metrics(tmp_path):
     assert [row[0] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
 
 
+def test_a_second_signal_stops_at_once_unless_it_is_the_same_one(tmp_path, monkeypatch):
+    """torchrun passes on what its processes were sent, too."""
+    run, now = common.Run(Settings(out=str(tmp_path / "out"))), [100.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    run.on_signal(signal.SIGTERM, None)
+    now[0] += 0.5
+    run.on_signal(signal.SIGTERM, None)
+    assert run.stop_signal == signal.SIGTERM
+    now[0] += 1
+    with pytest.raises(SystemExit) as end:
+        run.on_signal(signal.SIGINT, None)
+    assert end.value.code == 130
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_saves_and_exits(tmp_path, number):
     before = signal.getsignal(number)

@@ -143,6 +143,27 @@ def test_processes_draw_different_answers(tmp_path, data, sft_folder):
     assert len({str(responses) for responses in answers}) == 8
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_processes_with_unequally_many_different_answers(
+    tmp_path, data, sft_folder, reward_folder, shard, monkeypatch
+):
+    """Equal answers are scored once, so one process had fewer to score, and a sharded reward model
+    waited for it in vain.
+    """
+
+    def generate(model, prompts, *args, **kwargs):
+        return [[5 + i % 30 * common.rank(), 2] for i in range(len(prompts))]
+
+    monkeypatch.setattr(common, "generate", generate)
+    cfg = CONFIGS["rejection_sample"](
+        data, sft_folder, tmp_path / "out", reward_fn="", reward=str(reward_folder), shard=shard,
+        micro_tokens=16, loss="none",
+    )  # fmt: skip
+    assert codes(start(2, partial(STAGES["rejection_sample"].main, cfg))) == [0, 0]
+    different = [len({str(r) for r in row["responses"]}) for row in rows_of(cfg.out, "candidates")]
+    assert different == [1, 8] * 3
+
+
 def test_more_processes_than_prompts(tmp_path, data, sft_folder):
     """One has no share: it must not call the reward function with nothing."""
     (tmp_path / "one.jsonl").write_text('{"prompt": "the sea"}\n')
@@ -331,6 +352,29 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, data
 
     assert codes(start(2, refused)) == [0, 0]
     assert not (tmp_path / "out").exists()
+
+
+def test_none_leaves_before_the_checkpoint_is_whole(tmp_path, data, sft_folder, monkeypatch):
+    """torchrun sends SIGTERM to the others as soon as one has ended."""
+    cfg = CONFIGS["sft"](data, sft_folder, tmp_path / "out", save_every=0)
+    log, save = common.Run.log, torch.save
+
+    def stop(self, *args, **kwargs):
+        log(self, *args, **kwargs)
+        if self.step == 2 and common.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def save_slowly(*args):
+        time.sleep(1.5)
+        save(*args)
+
+    monkeypatch.setattr(common.Run, "log", stop)
+    monkeypatch.setattr(torch, "save", save_slowly)
+    first, second = start(2, partial(STAGES["sft"].main, cfg))
+    assert codes([second]) == [143]
+    os.kill(first, signal.SIGTERM)
+    assert codes([first]) == [143]
+    assert (tmp_path / "out/checkpoint-2/state.pt").exists()
 
 
 @pytest.mark.slow

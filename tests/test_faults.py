@@ -52,6 +52,8 @@ def command_line(monkeypatch, name, cfg, *more):
 
 BAD = [
     ("sft", dict(model="nowhere/at/all"), "nowhere/at/all"),
+    ("sft", dict(shard=True), "--shard: for several processes"),
+    ("rejection_sample", dict(prompt="hi", shard=True), "--prompt: in one process"),
     ("sft", dict(data="missing.jsonl"), "missing.jsonl"),
     ("sft", dict(data="broken.jsonl"), "broken.jsonl:2"),
     ("sft", dict(data="empty.jsonl"), "empty.jsonl"),

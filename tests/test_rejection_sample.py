@@ -398,6 +398,17 @@ def test_candidates_of_more_prompts_than_there_are_now_are_refused(
         rs.main(replace(cfg, data=str(prompts)))
 
 
+@pytest.mark.parametrize("line", [b"garbage", b"", b"\xff\xfe", b"[1]", b'{"a": 1}'])
+def test_candidates_that_this_run_did_not_write_are_refused(tmp_path, best_of_n_run, line):
+    folder = tmp_path / "out"
+    shutil.copytree(best_of_n_run.out, folder)
+    (folder / "eval.json").unlink()
+    path = folder / "candidates.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(common.UserError, match="candidates.jsonl: not what this run wrote"):
+        rs.main(replace(best_of_n_run, out=str(folder), resume=True))
+
+
 def test_overwrite_never_deletes_what_the_run_reads(tmp_path, best_of_n_run):
     folder = tmp_path / "out"
     shutil.copytree(best_of_n_run.out, folder)
