@@ -387,9 +387,8 @@ def main(cfg):
 
     # The four models. What is trained has float32 weights; what is frozen, and the copy of the
     # policy that samples, is bfloat16 on a GPU.
-    frozen_dtype = common.frozen_dtype(device)
+    trained_dtype, frozen_dtype = common.trained_dtype(cfg, device), common.frozen_dtype(device)
     tokenizer = common.load_tokenizer(cfg.policy)
-    trained_dtype = common.trained_dtype(cfg, device)
     policy = common.load_policy(cfg.policy, device, trained_dtype)
     ref = common.load_policy(cfg.ref or cfg.policy, device, frozen_dtype).requires_grad_(False)
     if cfg.lora_rank and not cfg.ref:  # the reference is the policy without its adapter
