@@ -1416,7 +1416,8 @@ class LoRALinear(torch.nn.Linear):
 
     def forward(self, x):
         y = super().forward(x)
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        # In the dtype of the activations: what samples has no autocast, and must agree.
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return y + (self.scale * update).to(y.dtype)
 
     def merged(self):
