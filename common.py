@@ -815,7 +815,8 @@ def optimizer_step(model, optimizer, stats, ids, cfg):
     iterable of lists or tensors that is not looked at before, are in nonfinite.json.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    all_sum(*(g for g in grads if not isinstance(g, DTensor)), *stats.values())
+    grads = [grad for grad in grads if not isinstance(grad, DTensor)]  # FSDP has summed its own
+    all_sum(*grads, *stats.values())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
     stats = stats | dict(grad_norm=whole(norm))
     stats = dict(zip(stats, torch.stack([x.detach() for x in stats.values()]).tolist()))
