@@ -1173,7 +1173,8 @@ def micro_batches(lengths, max_tokens, rows=None):
     tokens when padded.
 
     micro_batches([3, 9, 4], 8) -> [[0, 2], [1]]: a single sequence may exceed the budget. Each
-    process gets as many lists as the others, for a sharded model runs on all of them at once.
+    process gets as many lists as the others, for a sharded model runs on all of them at once; so
+    all must call it, with equally many rows.
     """
     parts = [[]]
     for row in sorted(range(len(lengths)) if rows is None else rows, key=lambda row: lengths[row]):

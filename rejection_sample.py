@@ -344,9 +344,8 @@ def all_logprobs(model, pairs, cfg):
     for rows in micro_batches(pairs, common.share(range(len(pairs))), cfg, model.device):
         logprobs = pair_logprobs(model, [pairs[row] for row in rows], cfg.temperature)
         chosen[rows], rejected[rows] = (x.cpu() for x in logprobs)
-    found = dict(chosen=chosen.tolist(), rejected=rejected.tolist())
-    gather = lambda numbers: common.gather(common.share(numbers), len(pairs))  # noqa: E731
-    return {name: gather(numbers) for name, numbers in found.items()}
+    own = dict(chosen=common.share(chosen.tolist()), rejected=common.share(rejected.tolist()))
+    return {name: common.gather(numbers, len(pairs)) for name, numbers in own.items()}
 
 
 def preference_step(policy, optimizer, pairs, batch, ref_logprobs, cfg):

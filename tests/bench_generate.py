@@ -36,6 +36,7 @@ def main():
     parser.add_argument("--batches", default="64,256,512")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--lora_rank", type=int, default=0)
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--peer", type=int, default=64, help="largest batch the peer is timed at")
     args = parser.parse_args()
@@ -47,6 +48,8 @@ def main():
         gc.collect()  # a compiled layer refers to itself; two models would share the memory
         model = random_model(shape, device, dtype).eval().requires_grad_(False)
         common.has_plain_head(model)
+        lora = argparse.Namespace(lora_rank=args.lora_rank, lora_alpha=32.0, seed=0)
+        common.add_lora(model, lora)
         common.compile_layers(model, args.compile)
         config = model.config
         heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -68,7 +71,7 @@ def main():
             cached = batch * (sum(lengths) / batch + args.new / 2)
             weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
             row = dict(
-                shape=shape, batch=batch, prompt=args.prompt, new=args.new, device=str(device),
+                shape=shape, lora_rank=args.lora_rank, batch=batch, prompt=args.prompt, new=args.new, device=str(device),
                 ms_per_step=1e3 * ours / args.new, tokens_per_s=batch * args.new / ours,
                 floor_ms_per_step=1e3 * (weights + cached * kv_bytes) / bandwidth,
                 bandwidth_gb_s=bandwidth / 1e9, warm_up_s=warm_up,
