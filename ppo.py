@@ -4,15 +4,16 @@
     python ppo.py --policy my/sft --reward my/reward --data prompts.jsonl \\
         --lr 3e-6 --value_lr 1e-5 --kl_coef 0.05                 # your own
 
-Algorithm 1. Four models: the policy pi, its frozen reference, the frozen reward model, the value
-model V. Then, each step:
+Algorithm 1; the numbers are those of the lecture's equations (README has the table). Four models:
+the policy pi, its frozen reference, the frozen reward model, the value model V. Then, each step:
 
     1 sample      pi_old, the policy before the update, answers a batch of prompts
     2 score       the reward model scores each answer, and every token pays for leaving the
                   reference:  r_t = -kl_coef * (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t)),
                   plus the score on the last token
     3 advantages  A_t = Q(s_t, a_t) - V(s_t), estimated by GAE:
-                  delta_t = r_t + gamma V(s_t+1) - V(s_t),  A_t = delta_t + gamma lam A_t+1
+                  delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  A_t = delta_t + gamma lam A_{t+1};
+                  the return A_t + V(s_t) is what V is to learn
     4 K epochs    on the ratio rho_t = pi(a_t|s_t) / pi_old(a_t|s_t), importance sampling, which
                   lets one rollout serve several updates. The objective is one of
                       clip  E[min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t)]   (8.20)
@@ -26,97 +27,82 @@ Where this departs from the papers:
     2 Policy and value are separate models with separate optimisers, so no weight balances them.
     3 Advantages are whitened over the whole rollout; rewards are not.
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
+    5 An answer cut at --max_new_tokens loses --missing_eos_penalty from its score.
+    6 For (8.21), beta adapts to the KL that the last minibatch measured, before its own update: it
+      takes more than one update a step.
 """
 
+import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
-from transformers.hf_argparser import HfArg
 
 import common
-from common import masked_mean, masked_variance, whiten
+from common import flag, masked_mean, masked_variance, whiten
 
-
-# fmt: off
 @dataclass
-class Config:
+class Config(common.Settings):
     # models and data
-    policy: str = HfArg(default="out/sft", help="SFT model; out/sft is made if missing")
-    reward: str = HfArg(default="out/reward", help="reward model; out/reward is made if missing")
-    reward_fn: str = HfArg(default="", help="instead: file.py:function(prompts, responses)")
-    ref: str = HfArg(default="", help="reference model; empty: the policy as it starts")
-    value: str = HfArg(default="", help="value model; empty: starts as the reward model")
-    data: str = HfArg(default=str(common.EMBEDDED / "prompts.jsonl"), help="prompts, JSONL")
-    eval_data: str = HfArg(default="", help="held-out prompts; empty: a part of --data")
-    gold_fn: str = HfArg(default="", help="file.py:function that judges answers in evaluation")
-    max_prompt_tokens: int = HfArg(default=512, help="longer prompts are left out")
+    policy: str = flag("out/sft", "SFT model; out/sft is made if missing")
+    reward: str = flag("out/reward", "reward model; out/reward is made if missing")
+    reward_fn: str = flag("", "instead: file.py:function(prompts, responses)")
+    ref: str = flag("", "reference model; empty: the policy as it starts")
+    value: str = flag("", "value model; empty: starts as the reward model")
+    data: str = flag(str(common.EMBEDDED / "prompts.jsonl"), "prompts, JSONL")
+    eval_data: str = flag("", "held-out prompts; empty: a part of --data")
+    gold_fn: str = flag("", "file.py:function that judges answers in evaluation")
+    max_prompt_tokens: int = flag(512, "longer prompts are left out", over=0)
     # 1 sample
-    steps: int = HfArg(default=40, help="PPO steps")
-    batch_size: int = HfArg(default=128, help="episodes a step")
-    max_new_tokens: int = HfArg(default=48, help="longest response, tokens")
-    temperature: float = HfArg(default=1.0, help="in sampling and in every log-prob")
-    slots: int = HfArg(default=256, help="sequences generated at once")
+    steps: int = flag(40, "PPO steps", over=0)
+    batch_size: int = flag(128, "episodes a step", over=0)
+    max_new_tokens: int = flag(48, "longest response, tokens", over=0)
+    temperature: float = flag(1.0, "in sampling and in every log-prob", over=0)
+    slots: int = flag(256, "sequences generated at once", over=0)
     # 2 score
-    missing_eos_penalty: float = HfArg(default=1.0, help="off the score of a cut response")
-    kl_coef: float = HfArg(default=0.4, help="reward lost per nat from the reference; often 0.05")
-    kl_target: float = HfArg(default=0.0, help="adapt kl_coef to this, nats a response; 0: no")
-    kl_horizon: int = HfArg(default=10000, help="episodes over which kl_coef adapts")
+    missing_eos_penalty: float = flag(1.0, "off the score of a cut response", least=0)
+    kl_coef: float = flag(0.4, "reward lost per nat from the reference; often 0.05", least=0)
+    kl_target: float = flag(0.0, "adapt kl_coef to this, nats a response; 0: no", least=0)
+    kl_horizon: int = flag(10000, "episodes over which kl_coef adapts", over=0)
     # 3 advantages
-    gamma: float = HfArg(default=1.0, help="discount per token")
-    lam: float = HfArg(default=0.95, help="GAE: 0 trusts the value model, 1 the sampled return")
+    gamma: float = flag(1.0, "discount per token", over=0, most=1)
+    lam: float = flag(0.95, "GAE: 0 trusts the value model, 1 the return", least=0, most=1)
     # 4 K epochs
-    objective: Literal["clip", "kl", "pg"] = HfArg(default="clip", help="(8.20), (8.21) or (8.8)")
-    ppo_epochs: int = HfArg(default=4, help="K, passes over each rollout; pg takes one")
-    minibatches: int = HfArg(default=1, help="optimiser steps a pass")
-    lr: float = HfArg(default=7e-4, help="policy's peak rate; about 3e-6 for a real model")
-    value_lr: float = HfArg(default=1e-3, help="value model's; about 1e-5 for a real one")
-    warmup: int = HfArg(default=5, help="PPO steps of linear warm-up")
-    lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
-    cliprange: float = HfArg(default=0.2, help="clip: eps of the ratio")
-    cliprange_value: float = HfArg(default=0.2, help="how far a value may move in a step")
-    beta: float = HfArg(default=1.0, help="kl: the first weight of KL(pi_old, pi)")
-    beta_target: float = HfArg(default=0.01, help="kl: what beta adapts to, nats a token")
-    stop_kl: float = HfArg(default=0.0, help="end the epochs past this approx_kl; 0: never")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, policy and value apart")
-    ptx_coef: float = HfArg(default=0.0, help="PPO-ptx: weight of the SFT loss")
-    ptx_data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="for PPO-ptx")
-    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 8192 CUDA, 512 CPU")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
-    shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
-    # LoRA
-    lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
-    lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
-    merge: bool = HfArg(default=False, help="save with the adapter merged, not the adapter alone")
+    objective: str = flag("clip", "(8.20), (8.21) or (8.8)", choices=["clip", "kl", "pg"])
+    ppo_epochs: int = flag(4, "K, passes over each rollout; pg takes one", over=0)
+    minibatches: int = flag(1, "optimiser steps a pass", over=0)
+    lr: float = flag(7e-4, "policy's peak rate; about 3e-6 for a real model", over=0)
+    value_lr: float = flag(1e-3, "value model's; about 1e-5 for a real one", over=0)
+    warmup: int = flag(5, "PPO steps of linear warm-up", least=0)
+    lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
+    cliprange: float = flag(0.2, "clip: eps of the ratio", over=0, most=1)
+    cliprange_value: float = flag(0.2, "how far a value may move in a step", over=0)
+    beta: float = flag(1.0, "kl: the first weight of KL(pi_old, pi)", over=0)
+    beta_target: float = flag(0.01, "kl: what beta adapts to, nats a token", over=0)
+    stop_kl: float = flag(0.0, "end the epochs past this approx_kl; 0: never", least=0)
+    max_grad_norm: float = flag(1.0, "gradient clipping, policy and value apart", over=0)
+    ptx_coef: float = flag(0.0, "PPO-ptx: weight of the SFT loss", least=0)
+    ptx_data: str = flag(str(common.EMBEDDED / "sft.jsonl"), "for PPO-ptx")
     # the run
-    out: str = HfArg(default="out/ppo", help="folder of the run")
-    resume: bool = HfArg(default=False, help="continue the run in --out")
-    overwrite: bool = HfArg(default=False, help="replace the run in --out")
-    save_every: int = HfArg(default=50, help="steps between checkpoints; 0: only when stopped")
-    keep: int = HfArg(default=1, help="checkpoints to keep")
-    sample_every: int = HfArg(default=10, help="steps between two decoded samples; 0: none")
-    trace: int = HfArg(default=0, help="steps between per-token tables of one episode; 0: none")
-    tensorboard: bool = HfArg(default=False, help="log there too; pip install tensorboard")
-    wandb: bool = HfArg(default=False, help="log to Weights & Biases too; pip install wandb")
-    quiet: bool = HfArg(default=False, help="print nothing but errors")
-    seed: int = HfArg(default=0, help="of the order of the prompts and the sampling")
-    device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
-# fmt: on
+    out: str = flag("out/ppo", "folder of the run")
+    save_every: int = flag(50, "steps between checkpoints; 0: only when stopped", least=0)
+    sample_every: int = flag(10, "steps between two decoded samples; 0: none", least=0)
+    trace: int = flag(0, "steps between per-token tables of one episode; 0: none", least=0)
 
-
-# ----------------------------------------------------------------------------------------------
-# Objectives: pure functions, everything (B, T) over response tokens
-
+# Everything is (B, T), and entry t is about token t. For the prompt "Hi :" and the answer yes EOS:
+#     ids           Hi  :   yes                    EOS
+#     mask          0   0   1                      1
+#     old_logprobs  0   0   log pi(yes | Hi :)     log pi(EOS | Hi : yes)
+#     old_values    0   0   V(Hi :)                V(Hi : yes)           s_t: all before token t
+#     rewards       0   0   -kl_coef * log-ratio   -kl_coef * log-ratio + score
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The KL penalty on every token, and the score (B,) on the last real one: (B, T)."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    last = mask.sum(1).long() - 1  # (B,)
-    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    positions = torch.arange(mask.shape[1], device=mask.device)  # (T,)
+    last = (mask * positions).argmax(1)  # (B,): the last one where the mask is 1
+    rewards[torch.arange(len(scores), device=mask.device), last] += scores
     return rewards
-
 
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, objective="clip", cliprange=0.2, beta=0.0
@@ -147,20 +133,21 @@ def policy_loss(
         stats = dict(approx_kl=mean(kl), clipfrac=mean(cut), ratio=mean(ratio))
     return -mean(gain), stats
 
-
 def value_loss(values, old_values, returns, mask, cliprange_value=0.2):
-    """Half the squared error, of the new or the clipped value, the worse: (loss, clipfrac)."""
+    """Half the squared error, the larger of the unclipped and the clipped value's (PPO2): (loss,
+    clipfrac).
+    """
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(error, clipped_error), mask)
     return loss, masked_mean((clipped_error > error).float(), mask).detach()
 
-
 def adapt_kl_coef(kl_coef, kl, target, episodes, horizon):
-    """Ziegler et al. 2019, section 2.2: proportional, in log space, the error capped at 20%."""
+    """Ziegler et al. 2019, section 2.2: let kl_coef grow or shrink with the relative error of the
+    KL, capped at 20%, over a horizon of so many episodes.
+    """
     error = max(-0.2, min(0.2, kl / target - 1))
     return kl_coef * (1 + error * episodes / horizon)
-
 
 def adapt_beta(beta, kl, target):
     """Schulman et al. 2017, section 4: halve or double beta when the KL is off by a factor 1.5."""
@@ -170,153 +157,46 @@ def adapt_beta(beta, kl, target):
         return beta * 2
     return beta
 
-
-# ----------------------------------------------------------------------------------------------
-# Set-up
-
-
-def check(cfg):
-    over_0 = """max_prompt_tokens steps max_new_tokens temperature slots kl_horizon ppo_epochs
-        value_lr cliprange_value beta beta_target"""
-    from_0 = "missing_eos_penalty kl_coef kl_target lam stop_kl ptx_coef sample_every trace"
-    most = dict(minibatches=(0, cfg.batch_size), gamma=(0, 1), lam=(-1, 1), cliprange=(0, 1))
-    common.require(cfg, over_0, from_0, **most)
-    if cfg.batch_size % cfg.minibatches:
-        sizes = f"--batch_size {cfg.batch_size}, --minibatches {cfg.minibatches}"
-        raise common.UserError(f"{sizes}: the one is not divisible by the other")
-
-
-def load_value(cfg, device, dtype, tokenizer, reward, reward_tokenizer):
-    """From --value; else the reward model if it scores the policy's tokens; else the policy."""
-    if cfg.value:
-        value = common.load_reward(cfg.value, device, dtype)
-        if not value.scores_tokens:
-            raise common.UserError(f"--value {cfg.value}: not causal, so no value for each token")
-        return value
-    if reward is not None and reward.scores_tokens:
-        if reward_tokenizer.get_vocab() == tokenizer.get_vocab():
-            value = common.load_reward(cfg.reward, device, dtype)
-            if cfg.lora_rank:
-                common.share_weights(reward, value)
-            return value
-    print("the value model starts from the policy with a zero head")
-    value = common.load_backbone(cfg.policy, device, dtype)
-    value.score.float().weight.data.zero_()
-    return value
-
-
-# ----------------------------------------------------------------------------------------------
-# The rollout and the two updates
-
-
-@dataclass
-class Rollout:
-    """What B episodes leave behind, all (B, R) over response tokens and 0 past a response's end."""
-
-    mask: torch.Tensor
-    logprobs: torch.Tensor  # log pi_old(a_t | s_t)
-    ref_logprobs: torch.Tensor
-    entropy: torch.Tensor
-    values: torch.Tensor  # V(s_t), before the update
-    rewards: torch.Tensor = None
-    advantages: torch.Tensor = None  # what the policy's update uses
-    returns: torch.Tensor = None  # what the value model learns
-
-
-def cut_minibatches(examples, cfg, device, step):
-    """Shuffle the episodes into minibatches, each cut into micro-batches of similar length.
-
-    They are cut once per rollout: the old log-probs and every epoch walk the same micro-batches
-    with the same forward, which is why every ratio is exactly 1 before the first update (within
-    bfloat16 rounding where layers are compiled, once with and once without gradients).
+def state_values(outputs):
+    """V(s_t) from the value model's outputs (B, T). At token t it has read token t, so that is the
+    value of the next state, s_{t+1}: move it one to the right.
     """
-    generator = common.make_generator("cpu", cfg.seed, step, "minibatches")
-    parts = torch.randperm(len(examples), generator=generator).chunk(cfg.minibatches)
-    budget = common.token_budget(cfg, device)
-    return [
-        list(common.batches(examples, budget, device, common.share(part.tolist())))
-        for part in parts
-    ]
+    return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
 
-
-@torch.no_grad()
-def read_rollout(policy, ref, value, minibatches, responses, temperature):
-    """Log-probs of the responses under pi_old and the reference, and V before each token."""
-    B, R = len(responses), max(map(len, responses))
-    rollout = Rollout(*(torch.zeros(B, R, device=policy.device) for _ in range(5)))
-    for batch in [batch for minibatch in minibatches for batch in minibatch]:
-        logprobs, entropy = common.response_logprobs(policy, batch, temperature, entropy=True)
-        batch.paste(rollout.mask, batch.mask)
-        batch.paste(rollout.logprobs, logprobs)
-        batch.paste(rollout.entropy, entropy)
-        batch.paste(rollout.ref_logprobs, common.response_logprobs(ref, batch, temperature))
-        batch.paste(rollout.values, common.response_values(value, batch))
-    common.all_sum(*(x for x in vars(rollout).values() if x is not None))  # each read its share
-    return rollout
-
-
-def token_shares(batches):
-    """Each batch with its share of the real tokens of all of them, on all processes. Weighted so,
-    every token counts the same, and the gradient does not depend on how a minibatch was cut.
+def ptx_backward(policy, demonstrations, number, totals, cfg):
+    """PPO-ptx (InstructGPT, eq. 2): add the gradient of the SFT loss on batch `number` of the
+    demonstrations, which keeps what was learned.
     """
-    counts = [batch.mask.sum() for batch in batches]
-    total = sum(counts)
-    if batches:  # none without PPO-ptx
-        common.all_sum(total)
-    return [(batch, count / total) for batch, count in zip(batches, counts)]
-
-
-def update_policy(policy, optimizer, minibatch, rollout, beta, ptx_batches, cfg):
-    """One optimiser step on the objective; returns its statistics."""
-    totals = {}
-    for batch, share in token_shares(minibatch):
-        logprobs = common.response_logprobs(policy, batch, cfg.temperature)  # (b, R)
-        loss, stats = policy_loss(
-            logprobs, batch.cut(rollout.logprobs), batch.cut(rollout.advantages), batch.mask,
-            cfg.objective, cfg.cliprange, beta,
-        )  # fmt: skip
-        (loss * share).backward()
-        add_stats(totals, share, stats | dict(pg_loss=loss.detach()))
-    # PPO-ptx (InstructGPT, eq. 2): the SFT loss keeps what was learned.
-    for batch, share in token_shares(ptx_batches):
-        loss = -masked_mean(common.response_logprobs(policy, batch), batch.mask)
-        (cfg.ptx_coef * loss * share).backward()
-        add_stats(totals, share, dict(ptx_loss=loss.detach()))
-    ids = (row for batch in minibatch for row in batch.ids)
-    return common.optimizer_step(policy, optimizer, totals, ids, cfg)
-
-
-def update_value(value, optimizer, minibatch, rollout, cfg):
-    """One optimiser step of the value model towards the returns; returns its statistics."""
-    totals = {}
-    for batch, share in token_shares(minibatch):
-        values = common.response_values(value, batch)  # (b, R)
-        loss, clipfrac = value_loss(
-            values, batch.cut(rollout.values), batch.cut(rollout.returns), batch.mask,
-            cfg.cliprange_value,
-        )  # fmt: skip
-        (loss * share).backward()
-        add_stats(totals, share, dict(vf_loss=loss.detach(), vf_clipfrac=clipfrac))
-    ids = (row for batch in minibatch for row in batch.ids)
-    stats = common.optimizer_step(value, optimizer, totals, ids, cfg)
-    stats["vf_grad_norm"] = stats.pop("grad_norm")
-    return stats
-
-
-def add_stats(totals, share, stats):
-    for name, stat in stats.items():
-        totals[name] = totals.get(name, 0) + stat * share
-
-
-def ptx_batches(demonstrations, number, cfg, device):
-    """Micro-batches of as many demonstrations as a minibatch has episodes; none without PPO-ptx."""
-    if not demonstrations:
-        return []
-    size = cfg.batch_size // cfg.minibatches
+    device, size = policy.lm.device, cfg.batch_size // cfg.minibatches
     rows = common.epoch_batch(len(demonstrations), size, number, cfg.seed)
-    budget = common.token_budget(cfg, device)
-    return list(common.batches(demonstrations, budget, device, common.share(rows)))
+    examples = [demonstrations[row] for row in rows]
+    lengths = [len(example["ids"]) for example in examples]
+    tokens = sum(sum(example["mask"]) for example in examples)
+    for part in common.micro_batches(range(size), lengths, common.token_budget(cfg, device)):
+        logprobs, _ = policy(common.collate([examples[i] for i in part], device))
+        loss = -logprobs.sum() / tokens
+        (cfg.ptx_coef * loss).backward()
+        common.add_up(totals, 1.0, ptx_loss=loss)
 
+# Looking at what it does
+
+def trace_table(tokenizer, rollout):
+    """The first episode of the rollout, one line a response token."""
+    columns = {
+        "logprob": rollout["old_logprobs"],
+        "ref_logprob": rollout["ref_logprobs"],
+        "kl": rollout["old_logprobs"] - rollout["ref_logprobs"],
+        "reward": rollout["rewards"],
+        "value": rollout["old_values"],
+        "advantage": rollout["returns"] - rollout["old_values"],  # before whitening
+        "return": rollout["returns"],
+    }
+    lines = ["token".rjust(14) + "".join(name.rjust(12) for name in columns)]
+    for t in rollout["mask"][0].nonzero().flatten().tolist():
+        numbers = "".join(f"{column[0, t].item():12.4f}" for column in columns.values())
+        token = tokenizer.decode([rollout["ids"][0, t].item()])
+        lines.append(f"{token!r:>14}" + numbers)
+    return "\n".join(lines)
 
 def rollout_metrics(rollout, sampler_logprobs):
     """Means over real tokens; `kl` and `reward` are sums over a response, averaged.
@@ -324,230 +204,248 @@ def rollout_metrics(rollout, sampler_logprobs):
     sampler_gap is how far the log-probs at sampling time, by pi_old one token at a time, are from
     those of the training forward. They are the same model, but for rounding.
     """
-    errors = masked_variance(rollout.returns - rollout.values, rollout.mask)
-    variance = masked_variance(rollout.returns, rollout.mask)
-    gap = {}
-    if sampler_logprobs:  # not where transformers generated
-        gaps = common.pad_right(sampler_logprobs, rollout.mask.device) - rollout.logprobs
-        gap["sampler_gap"] = masked_mean(gaps.abs(), rollout.mask).item()
-        gap["sampler_gap_max"] = gaps.abs().max().item()
-    return gap | dict(
-        kl=(rollout.logprobs - rollout.ref_logprobs).sum(1).mean().item(),
-        reward=rollout.rewards.sum(1).mean().item(),
-        entropy=masked_mean(rollout.entropy, rollout.mask).item(),
-        explained_variance=1 - (errors / (variance + 1e-8)).item(),
+    mask = rollout["mask"]
+    # Both list the response tokens of the first episode, then of the second, ...
+    gaps = (torch.tensor(sampler_logprobs) - rollout["old_logprobs"][mask.bool()]).abs()
+    error = masked_variance(rollout["returns"] - rollout["old_values"], mask)
+    variance = masked_variance(rollout["returns"], mask)
+    return dict(
+        kl=(rollout["old_logprobs"] - rollout["ref_logprobs"]).sum(1).mean().item(),
+        reward=rollout["rewards"].sum(1).mean().item(),
+        entropy=masked_mean(rollout["entropy"], mask).item(),
+        explained_variance=1 - (error / (variance + 1e-8)).item(),
+        response_len=mask.sum(1).mean().item(),
+        sampler_gap=gaps.mean().item(),
+        sampler_gap_max=gaps.max().item(),
     )
 
-
-def speeds(times, examples, passes, models, device):
-    """Seconds and tokens/s of the parts of a step, between the `times`; MFU where it is known."""
-    rollout, scoring, update = (end - start for start, end in zip(times, times[1:]))
-    tokens = sum(len(ids) for ids, _ in examples)
-    new_tokens = sum(sum(mask) for _, mask in examples)
-    flops = passes * common.training_flops(models, tokens, new_tokens)
-    return dict(
-        rollout_seconds=rollout, score_seconds=scoring, update_seconds=update,
-        rollout_tokens_per_s=new_tokens / rollout, score_tokens_per_s=tokens / scoring,
-        update_tokens_per_s=passes * tokens / update,
-    ) | common.utilisation(flops, update, device)  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------
-# Looking at what it does
-
-
-def trace_table(tokenizer, response, rollout):
-    """The first episode of the rollout, one line a token."""
-    columns = {
-        "logprob": rollout.logprobs,
-        "ref_logprob": rollout.ref_logprobs,
-        "kl": rollout.logprobs - rollout.ref_logprobs,
-        "reward": rollout.rewards,
-        "value": rollout.values,
-        "advantage": rollout.returns - rollout.values,  # before whitening
-        "return": rollout.returns,
-    }
-    lines = ["token".rjust(14) + "".join(name.rjust(12) for name in columns)]
-    for t, token in enumerate(response):
-        numbers = "".join(f"{column[0, t].item():12.4f}" for column in columns.values())
-        lines.append(f"{tokenizer.decode([token])!r:>14}" + numbers)
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------------
 # Algorithm 1
 
-
 def main(cfg):
-    check(cfg)
+    if cfg.batch_size % cfg.minibatches:
+        sizes = f"--batch_size {cfg.batch_size}, --minibatches {cfg.minibatches}"
+        raise common.UserError(f"{sizes}: the one is not divisible by the other")
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_prompts.jsonl")
     common.make_missing_stages(cfg)
 
-    # The four models. What is trained has float32 weights; what is frozen, and the copy of the
-    # policy that samples, is bfloat16 on a GPU.
-    trained_dtype, frozen_dtype = common.trained_dtype(cfg, device), common.frozen_dtype(device)
-    tokenizer = common.load_tokenizer(cfg.policy)
-    policy = common.load_policy(cfg.policy, device, trained_dtype)
-    ref = common.load_policy(cfg.ref or cfg.policy, device, frozen_dtype).requires_grad_(False)
-    if cfg.lora_rank and not cfg.ref:  # the reference is the policy without its adapter
-        common.share_weights(ref, policy)
-    common.shard(ref, cfg)
-    policy_optimizer = common.make_trainable(policy, cfg, cfg.lr)
-    score, reward, reward_tokenizer = common.load_scorer(cfg, tokenizer, device, frozen_dtype)
-    value = load_value(cfg, device, trained_dtype, tokenizer, reward, reward_tokenizer)
-    value_optimizer = common.make_trainable(value, cfg, cfg.value_lr)
-    pi_old = policy  # samples before it is updated; a copy only where it must be another one
-    if frozen_dtype != trained_dtype or cfg.shard:
-        pi_old = common.load_policy(cfg.policy, device, frozen_dtype).requires_grad_(False)
-    eos = common.stop_ids(policy, tokenizer)
-    gold = common.load_gold(cfg.gold_fn, cfg.data, tokenizer)
+    # The four models      by default                          with --lora_rank
+    #   policy  trained    float32 weights                     adapters on the frozen SFT model
+    #   ref     frozen     a second copy, bfloat16 on a GPU    the policy, its adapters off
+    #   value   trained    float32, starts as the reward       adapters on the reward model
+    #   reward  frozen     a copy of its own                   the value model, its adapters off
+    # With a reward function, or a reward model that reads other tokens, V starts from the policy.
+    dtype, frozen = common.trained_dtype(cfg, device), common.frozen_dtype(device)
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    policy = common.load_policy(cfg.policy, device, dtype, longest)
+    tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
+    common.add_lora(policy, cfg)
+    ref = policy
+    if cfg.ref or not cfg.lora_rank:
+        ref = common.load_policy(cfg.ref or cfg.policy, device, frozen, longest)
+        common.prepare(ref.requires_grad_(False), cfg)
+    score, reward = common.load_score(cfg, tokenizer, device, adapters=not cfg.value)
+    if cfg.value:
+        value = common.load_scorer(cfg.value, device, dtype)
+        if not value.reads_tokens:
+            raise common.UserError(f"--value {cfg.value}: not causal, so no value for each token")
+        common.add_lora(value, cfg)
+    elif reward is not None and cfg.lora_rank:
+        value = reward
+    else:
+        if reward is None:
+            print("the value model starts from the policy with a zero head")
+        start = cfg.policy if reward is None else cfg.reward
+        value = common.load_scorer(start, device, dtype, new_head=reward is None)
+        common.add_lora(value, cfg)
+    gold = common.load_gold(cfg, cfg.data, tokenizer)
 
-    longest = min(common.prompt_room(model, cfg) for model in (policy, ref, value))
-    prompts = common.load_prompts(train_rows, tokenizer, longest)
-    eval_prompts = common.load_prompts(eval_rows, tokenizer, longest)
-    demonstrations = []
-    if cfg.ptx_coef:
-        rows = common.read_jsonl(cfg.ptx_data)
-        limit = common.context_length(policy)
-        demonstrations = common.load_demonstrations(rows, tokenizer, limit)
-
-    frozen_models = {ref, pi_old, reward} - {policy, None}
-    for model in frozen_models:
-        common.compile_layers(model, cfg.compile)
-    coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
-
-    cached = min(cfg.slots, cfg.batch_size) * (
-        max(len(p["ids"]) for p in prompts) + cfg.max_new_tokens
-    )
-    common.print_memory_plan(device, cfg, [policy, value], frozen_models, pi_old, cached)
-
-    judges = dict(tokenizer=tokenizer, eos=eos, score=score, gold=gold, cfg=cfg)
-    evaluate = partial(common.evaluate, policy, pi_old, ref, **judges)
-    answers, unseen = dict(before=evaluate(eval_prompts)), {}
+    prompts = common.load_prompts(train_rows, tokenizer, cfg, policy, ref, value)
+    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, policy, ref, value)
+    probes = []
     if common.is_embedded(cfg.data):  # words that no training file holds, so nothing teaches them
         rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
-        probes = common.load_prompts(rows, tokenizer, longest)
-        unseen["before"] = evaluate(probes)
-    optimizers = dict(policy_optimizer=policy_optimizer, value_optimizer=value_optimizer)
-    run.begin(policy=policy, value=value, coefs=coefs, **optimizers)
-    common.copy_weights(policy, pi_old)
+        probes = common.load_prompts(rows, tokenizer, cfg, policy, ref, value)
+    if cfg.ptx_coef:
+        rows = common.read_jsonl(cfg.ptx_data)
+        limit = min(longest, common.context_length(policy.lm))
+        demonstrations = common.load_demonstrations(rows, tokenizer, limit)
 
-    B = cfg.batch_size
+    B, budget = cfg.batch_size, common.token_budget(cfg, device)
+    eos = common.stop_ids(policy.lm, tokenizer)
+    longest = max(len(p["ids"]) for p in prompts + eval_prompts + probes) + cfg.max_new_tokens
+    slots = min(cfg.slots, B // common.world_size())
+    # What samples. Where it is the policy itself, the old log-probs in the rollout are what stays.
+    pi_old = common.sampling_copy(policy, cfg)
+    policy_optimizer = common.make_optimizer(policy, cfg, cfg.lr)
+    value_optimizer = common.make_optimizer(value, cfg, cfg.value_lr)
+    sampler = common.Sampler(pi_old, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
+    judges = dict(tokenizer=tokenizer, score=score, gold=gold, cfg=cfg)
+    answer = partial(common.answer_prompts, policy, sampler, ref, **judges)
+    before = answer(eval_prompts)  # of the policy as it starts, also when a run is resumed
+    probed_before = answer(probes) if probes else {}
+    coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
+    run.begin(policy=(policy, policy_optimizer), value=(value, value_optimizer), coefs=coefs)
+    sampler.sync(policy)  # with what a checkpoint may have brought back
+
     epochs = 1 if cfg.objective == "pg" else cfg.ppo_epochs
     print(
-        f"PPO ({cfg.objective}) on {device}: policy {policy.num_parameters() / 1e6:.1f}M, value "
-        f"{value.num_parameters() / 1e6:.1f}M parameters; {len(prompts)} prompts, "
+        f"PPO ({cfg.objective}) on {device}: policy {policy.lm.num_parameters() / 1e6:.1f}M, value "
+        f"{value.lm.num_parameters() / 1e6:.1f}M parameters; {len(prompts)} prompts, "
         f"{len(eval_prompts)} held out\n{cfg.steps} steps of {B} episodes = {cfg.steps * B}; "
         f"each step {epochs} epochs of {cfg.minibatches} minibatches of {B // cfg.minibatches}; "
         f"at most {cfg.max_new_tokens} new tokens"
     )
 
     for step in run.steps(cfg.steps):
-        # 1. Sample: pi_old answers a batch of prompts.
-        times = [common.clock(device)]
-        queries = [prompts[i] for i in common.epoch_batch(len(prompts), B, step, cfg.seed)]
-        texts, query_ids = [q["prompt"] for q in queries], [q["ids"] for q in queries]
-        generator = common.make_generator(device, cfg.seed, step, "rollout", shared=False)
-        sampled = common.generate(
-            pi_old, common.share(query_ids), cfg.max_new_tokens, eos, cfg.temperature,
-            generator=generator, slots=cfg.slots, logprobs=True,
-        )  # fmt: skip
-        responses, sampler_logprobs = map(common.gather, sampled)
-        times.append(common.clock(device))
+        # 1. Sample: pi_old answers the next prompts of an endless shuffled series.
+        began = time.perf_counter()
+        rows = common.epoch_batch(len(prompts), B, step, cfg.seed)
+        questions = [prompts[row]["prompt"] for row in rows]
+        queries = [prompts[row]["ids"] for row in rows]
+        responses, sampler_logprobs = sampler.together(queries, cfg.seed, step, "rollout")
+        sampled = time.perf_counter()
 
-        # 2. Score: the reward model reads each whole answer; one cut at the limit pays for that,
-        # and every token pays for leaving the reference.
-        scores = common.score_all(score, texts, query_ids, responses)  # (B,)
+        # 2. Score: the reward model reads each whole answer; one that was cut at the limit is
+        # penalised, and every token pays for leaving the reference.
+        scores = score(questions, queries, responses)  # (B,)
         ended = torch.tensor([float(response[-1] in eos) for response in responses])  # (B,)
         penalised = scores - cfg.missing_eos_penalty * (1 - ended)
-        examples = [common.join(query, response) for query, response in zip(query_ids, responses)]
-        minibatches = cut_minibatches(examples, cfg, device, step)
-        rollout = read_rollout(policy, ref, value, minibatches, responses, cfg.temperature)
-        rollout.rewards = token_rewards(
-            penalised.to(device), rollout.logprobs, rollout.ref_logprobs, rollout.mask,
-            coefs["kl_coef"],
-        )  # fmt: skip
+        examples = [common.join(query, response) for query, response in zip(queries, responses)]
+        lengths = [len(example["ids"]) for example in examples]
+        rollout = common.collate(examples)  # on the host
+        mask = rollout["mask"]  # (B, T)
+
+        def read(batch):
+            logprobs, entropy = policy(batch, cfg.temperature)  # pi is pi_old: not updated since
+            with common.without_adapter(ref):
+                ref_logprobs, _ = ref(batch, cfg.temperature)
+            found = dict(old_logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
+            return found | dict(old_values=state_values(value(batch)))
+
+        rollout |= common.per_token(read, rollout, lengths, cfg, device)
+        rollout["rewards"] = token_rewards(
+            penalised, rollout["old_logprobs"], rollout["ref_logprobs"], mask, coefs["kl_coef"]
+        )
 
         # 3. Advantages: how much better than expected each token did.
-        advantages, rollout.returns = common.gae(
-            rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam
+        advantages, rollout["returns"] = common.gae(
+            rollout["rewards"], rollout["old_values"], mask, cfg.gamma, cfg.lam
         )
-        rollout.advantages = whiten(advantages, rollout.mask)
+        rollout["advantages"] = whiten(advantages, mask)
         if cfg.objective == "pg":  # the whole episode's reward for every token, good or bad
-            rollout.advantages = rollout.rewards.sum(1, keepdim=True) * rollout.mask
+            rollout["advantages"] = rollout["rewards"].sum(1, keepdim=True) * mask
+        scored = time.perf_counter()
 
-        # 4. K epochs of the objective on this rollout. Policy and value take turns, so that only
-        # one of them holds gradients.
-        times.append(common.clock(device))
-        common.set_lr(value_optimizer, cfg.value_lr, step, cfg.steps, cfg.warmup, cfg.lr_schedule)
-        lr = common.set_lr(policy_optimizer, cfg.lr, step, cfg.steps, cfg.warmup, cfg.lr_schedule)
-        shuffle = common.make_generator("cpu", cfg.seed, step, "epochs")
-        history = []  # the statistics of each optimiser step
+        # 4. K epochs of the objective on this rollout, its episodes dealt into minibatches anew in
+        # each. A gradient is summed over micro-batches in which every real token of the minibatch
+        # weighs the same. Policy and value take turns, so that only one of them holds gradients.
+        lr = common.set_lr(policy_optimizer, cfg.lr, step, cfg.steps, cfg)
+        common.set_lr(value_optimizer, cfg.value_lr, step, cfg.steps, cfg)
+        shuffle = common.make_generator("cpu", cfg.seed, step, "minibatches")
+        history = []  # the statistics of each minibatch
         for _ in range(epochs):
-            for i in torch.randperm(cfg.minibatches, generator=shuffle).tolist():
-                number = (step - 1) * epochs * cfg.minibatches + len(history) + 1
-                ptx = ptx_batches(demonstrations, number, cfg, device)
-                stats = update_policy(
-                    policy, policy_optimizer, minibatches[i], rollout, coefs["beta"], ptx, cfg
-                )
-                stats |= update_value(value, value_optimizer, minibatches[i], rollout, cfg)
+            for minibatch in torch.randperm(B, generator=shuffle).chunk(cfg.minibatches):
+                parts = common.micro_batches(minibatch.tolist(), lengths, budget)
+                batches = [common.take(rollout, part, device) for part in parts]
+                # Shares of the minibatch's tokens: the gradients of the parts add up to its own.
+                tokens = mask[minibatch].sum()
+                shares = [(mask[part].sum() / tokens).item() for part in parts]
+
+                totals = {}
+                for batch, share in zip(batches, shares):
+                    logprobs, _ = policy(batch, cfg.temperature)
+                    loss, stats = policy_loss(
+                        logprobs,
+                        batch["old_logprobs"],
+                        batch["advantages"],
+                        batch["mask"],
+                        objective=cfg.objective,
+                        cliprange=cfg.cliprange,
+                        beta=coefs["beta"],
+                    )
+                    (loss * share).backward()
+                    common.add_up(totals, share, pg_loss=loss, **stats)
+                if cfg.ptx_coef:
+                    number = (step - 1) * epochs * cfg.minibatches + len(history) + 1
+                    ptx_backward(policy, demonstrations, number, totals, cfg)
+                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+                stats = common.read_stats(totals, grad_norm=norm)  # raises where not finite
+                policy_optimizer.step()
+                policy_optimizer.zero_grad()
+
+                totals = {}
+                for batch, share in zip(batches, shares):
+                    loss, clipfrac = value_loss(
+                        state_values(value(batch)),
+                        batch["old_values"],
+                        batch["returns"],
+                        batch["mask"],
+                        cfg.cliprange_value,
+                    )
+                    (loss * share).backward()
+                    common.add_up(totals, share, vf_loss=loss, vf_clipfrac=clipfrac)
+                norm = torch.nn.utils.clip_grad_norm_(value.parameters(), cfg.max_grad_norm)
+                stats |= common.read_stats(totals, vf_grad_norm=norm)
+                value_optimizer.step()
+                value_optimizer.zero_grad()
                 history.append(stats)
             if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
                 break
-        times.append(common.clock(device))
+        updated = time.perf_counter()
 
-        # 5. Sync: pi_old <- pi.
-        common.copy_weights(policy, pi_old)
-
-        metrics = {k: sum(h[k] for h in history) / len(history) for k in history[0]}
-        metrics |= rollout_metrics(rollout, sampler_logprobs) | coefs
-        if gold:
-            good = gold(texts, query_ids, responses) >= 0.5
-            metrics["gold"] = good.float().mean().item()
+        # 5. Sync: pi_old <- pi, and the KL weights move towards their targets.
+        sampler.sync(policy)
+        metrics = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
+        metrics |= rollout_metrics(rollout, sum(sampler_logprobs, [])) | coefs
         if cfg.kl_target:
             coefs["kl_coef"] = adapt_kl_coef(
                 coefs["kl_coef"], metrics["kl"], cfg.kl_target, B, cfg.kl_horizon
             )
         if cfg.objective == "kl":
-            coefs["beta"] = adapt_beta(coefs["beta"], stats["approx_kl"], cfg.beta_target)
-        if step == 1:
-            gap = (rollout.logprobs - rollout.ref_logprobs).abs().max().item()
-            run.print(f"step 1: KL to the reference {metrics['kl']:.2g}, largest gap {gap:.2g}")
-        passes = len(history) / cfg.minibatches  # over the rollout, by each of the two models
-        metrics |= speeds(times, examples, passes, (policy, value), device)
+            last_kl = history[-1]["approx_kl"]
+            coefs["beta"] = adapt_beta(coefs["beta"], last_kl, cfg.beta_target)
+
+        # From here on nothing is learned: metrics and samples.
+        if gold:
+            good = gold(questions, queries, responses) >= 0.5  # an answer that is at least fair
+            metrics["gold"] = good.float().mean().item()
+        passes = len(history) / cfg.minibatches  # over the rollout
         run.log(
-            ("score", "kl", "entropy") + (("gold",) if gold else ()),
+            ("score", "kl", "entropy"),
             episodes=step * B,
             score=scores.mean().item(),
             score_std=scores.std(correction=0).item(),
             score_penalised=penalised.mean().item(),
-            response_len=rollout.mask.sum().item() / B,
             eos_rate=ended.mean().item(),
             lr=lr,
             epochs=passes,
+            rollout_seconds=sampled - began,
+            score_seconds=scored - sampled,
+            update_seconds=updated - scored,
+            rollout_tokens_per_s=mask.sum().item() / (sampled - began),
+            update_tokens_per_s=passes * sum(lengths) / (updated - scored),
             **metrics,
         )
         if cfg.sample_every and step % cfg.sample_every == 0:
             for i in range(min(2, B)):
-                answer = tokenizer.decode(responses[i], skip_special_tokens=True)
-                prompt = common.as_text(texts[i])[-200:]
-                run.print(f"  {prompt}  ->  {answer[:200]}  ({scores[i]:.2f})")
+                text = tokenizer.decode(responses[i], skip_special_tokens=True)[:200]
+                question = common.as_text(questions[i])[-200:]
+                run.print(f"  {question}  ->  {text}  ({scores[i]:.2f})")
         if cfg.trace and step % cfg.trace == 0:
-            run.print(f"step {step}: {common.as_text(texts[0])[-200:]}")
-            run.print(trace_table(tokenizer, responses[0], rollout))
+            run.print(f"step {step}: {common.as_text(questions[0])[-200:]}")
+            run.print(trace_table(tokenizer, rollout))
 
-    answers["after"] = evaluate(eval_prompts)
-    results = common.summarise(eval_prompts, **answers) | dict(kl=answers["after"]["kl"])
-    if unseen:
-        unseen["after"] = evaluate(probes)
-        for when, own in unseen.items():
-            results[f"gold_{when}_unseen_words"] = (own["gold"] >= 0.5).float().mean().item()
-    common.print_table(results, eval_prompts, **answers)
-    common.write_samples(run.out / "samples.jsonl", eval_prompts, **answers)
+    after = answer(eval_prompts)
+    samples, results = common.compare(eval_prompts, before=before, after=after)
+    results["kl"] = sum(after["kl"]) / len(after["kl"])
+    if probes:
+        unseen = common.compare(probes, before=probed_before, after=answer(probes))[1]
+        results |= {f"{key}_unseen_words": unseen[key] for key in ("gold_before", "gold_after")}
+    common.write_jsonl(run.out / "samples.jsonl", samples)
     run.finish(policy, tokenizer, results)
-
+    common.print_answers(results, samples)
 
 if __name__ == "__main__":
     common.command_line(Config, main, __doc__)

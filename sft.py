@@ -15,59 +15,30 @@ from nothing, and a tokenizer with it.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArg
 
 import common
+from common import flag
 
-
-# fmt: off
 @dataclass
-class Config:
+class Config(common.Settings):
     # model and data
-    model: str = HfArg(default="", help="folder or hub name; empty: made from nothing")
-    data: str = HfArg(default=str(common.EMBEDDED / "sft.jsonl"), help="demonstrations, JSONL")
-    eval_data: str = HfArg(default="", help="held-out ones; empty: a part of --data")
-    max_length: int = HfArg(default=1024, help="tokens; longer ones are left out")
+    model: str = flag("", "folder or hub name; empty: made from nothing")
+    data: str = flag(str(common.EMBEDDED / "sft.jsonl"), "demonstrations, JSONL")
+    eval_data: str = flag("", "held-out ones; empty: a part of --data")
+    max_length: int = flag(1024, "tokens; longer ones are left out", over=1)
     # optimisation
-    epochs: float = HfArg(default=2.0, help="passes over the data")
-    steps: int = HfArg(default=0, help="cap on the optimiser steps; 0: none")
-    batch_size: int = HfArg(default=32, help="demonstrations per optimiser step")
-    lr: float = HfArg(default=5e-3, help="peak rate; about 1e-5 for a real model")
-    warmup: int = HfArg(default=20, help="optimiser steps of linear warm-up")
-    lr_schedule: Literal["linear", "constant"] = HfArg(default="linear", help="after the warm-up")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping, L2 norm")
-    micro_tokens: int = HfArg(default=0, help="padded tokens a forward; 0: 8192 CUDA, 512 CPU")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
-    shard: bool = HfArg(default=False, help="torchrun: each process keeps a part of the weights")
-    # LoRA
-    lora_rank: int = HfArg(default=0, help="train adapters of this rank, not the weights; 0: off")
-    lora_alpha: float = HfArg(default=32.0, help="the adapters count alpha / rank times")
-    merge: bool = HfArg(default=False, help="save with the adapter merged, not the adapter alone")
-    # the run
-    out: str = HfArg(default="out/sft", help="folder of the run")
-    resume: bool = HfArg(default=False, help="continue the run in --out")
-    overwrite: bool = HfArg(default=False, help="replace the run in --out")
-    save_every: int = HfArg(default=200, help="steps between checkpoints; 0: only when stopped")
-    keep: int = HfArg(default=1, help="checkpoints to keep")
-    tensorboard: bool = HfArg(default=False, help="log there too; pip install tensorboard")
-    wandb: bool = HfArg(default=False, help="log to Weights & Biases too; pip install wandb")
-    quiet: bool = HfArg(default=False, help="print nothing but errors")
-    seed: int = HfArg(default=0, help="of the initial weights and the order of the data")
-    device: str = HfArg(default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    compile: Literal["auto", "on", "off"] = HfArg(default="auto", help="auto: large and on CUDA")
-# fmt: on
-
-
-def check(cfg):
-    common.require(cfg, "epochs", "steps", max_length=(1, math.inf))
-    if cfg.lora_rank and not cfg.model:
-        raise common.UserError("--lora_rank: adapters need a --model that has learned something")
-
+    epochs: float = flag(2.0, "passes over the data", over=0)
+    steps: int = flag(0, "cap on the optimiser steps; 0: none", least=0)
+    batch_size: int = flag(32, "demonstrations per optimiser step", over=0)
+    lr: float = flag(5e-3, "peak rate; about 1e-5 for a real model", over=0)
+    warmup: int = flag(20, "optimiser steps of linear warm-up", least=0)
+    lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
+    max_grad_norm: float = flag(1.0, "gradient clipping, L2 norm", over=0)
+    out: str = flag("out/sft", "folder of the run")
 
 def texts_of(rows):
     """All that a model may read or say in these lines; not where they come from."""
@@ -75,7 +46,6 @@ def texts_of(rows):
     messages = [m for value in values if isinstance(value, list) for m in value]
     values += [m.get("content") for m in messages if isinstance(m, dict)]
     return [value for value in values if isinstance(value, str)]
-
 
 def new_tokenizer(texts, vocab_size=2048):
     """A byte-level BPE tokenizer trained on `texts`. A prompt gets <bos>; a response is what
@@ -110,9 +80,8 @@ def new_tokenizer(texts, vocab_size=2048):
     )
     return wrapped
 
-
 def new_model(tokenizer, seed):
-    """A small Llama (about 0.9M parameters) with random weights."""
+    """A small Llama (about 0.7M parameters) with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -131,70 +100,62 @@ def new_model(tokenizer, seed):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
-
-@torch.no_grad()
-def evaluate(model, examples, micro_tokens):
-    """Mean negative log-likelihood of the response tokens, in nats."""
-    total = tokens = 0.0
-    for batch in common.batches(examples, micro_tokens, model.device):
-        logprobs = common.response_logprobs(model, batch)  # (b, R)
-        total -= logprobs.sum().item()
-        tokens += batch.mask.sum().item()
-    return total / tokens
-
-
 def main(cfg):
-    check(cfg)
+    if cfg.lora_rank and not cfg.model:
+        raise common.UserError("--lora_rank: adapters need a --model that has learned something")
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_sft.jsonl")
 
     if cfg.model:
-        tokenizer = common.load_tokenizer(cfg.model)
-        model = common.load_policy(cfg.model, device, common.trained_dtype(cfg, device))
+        dtype = common.trained_dtype(cfg, device)
+        policy = common.load_policy(cfg.model, device, dtype, cfg.max_length)
+        tokenizer = common.load_tokenizer(cfg.model, policy.lm)
+        common.add_lora(policy, cfg)
     else:
         tokenizer = new_tokenizer(texts_of(train_rows))
-        model = new_model(tokenizer, cfg.seed).to(device)
+        policy = common.Policy(new_model(tokenizer, cfg.seed).to(device))
 
-    limit = min(cfg.max_length, common.context_length(model))
+    limit = min(cfg.max_length, common.context_length(policy.lm))
     examples = common.load_demonstrations(train_rows, tokenizer, limit)
-    eval_examples = common.load_demonstrations(eval_rows, tokenizer, limit)
+    held_out = common.load_demonstrations(eval_rows, tokenizer, limit)
+    lengths = [len(example["ids"]) for example in examples]
 
-    optimizer = common.make_trainable(model, cfg, cfg.lr)
-    run.begin(model=model, optimizer=optimizer)
-
-    micro_tokens = common.token_budget(cfg, device)
+    optimizer = common.make_optimizer(policy, cfg, cfg.lr)
+    run.begin(policy=(policy, optimizer))
     steps = common.total_steps(cfg, len(examples))
-    tokens = sum(sum(mask) for _, mask in examples)
+    budget = common.token_budget(cfg, device)
     print(
-        f"SFT on {device}: {model.num_parameters() / 1e6:.1f}M parameters, {len(examples)} "
-        f"demonstrations ({tokens} response tokens), {steps} steps of {cfg.batch_size}"
+        f"SFT on {device}: {policy.lm.num_parameters() / 1e6:.1f}M parameters, {len(examples)} "
+        f"demonstrations, {steps} steps of {cfg.batch_size}"
     )
-    common.print_memory_plan(device, cfg, [model])
 
     for step in run.steps(steps):
+        lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
         rows = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
-        batch_tokens = sum(sum(examples[row][1]) for row in rows)
+        # Every token of the whole batch weighs the same, however the batch is cut.
+        tokens = sum(sum(examples[row]["mask"]) for row in rows)
         loss = torch.zeros((), device=device)
-        for batch in common.batches(examples, micro_tokens, device, common.share(rows)):
-            logprobs = common.response_logprobs(model, batch)  # (b, R)
-            # Every token of the whole batch weighs the same, however the batch is cut.
-            micro_loss = -logprobs.sum() / batch_tokens
+        for part in common.micro_batches(rows, lengths, budget):
+            batch = common.collate([examples[row] for row in part], device)
+            logprobs, _ = policy(batch)  # (b, T), 0 where there is no response token
+            micro_loss = -logprobs.sum() / tokens
             micro_loss.backward()
             loss += micro_loss.detach()
 
-        lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg.warmup, cfg.lr_schedule)
-        ids = (examples[row][0] for row in rows)
-        stats = common.optimizer_step(model, optimizer, dict(loss=loss), ids, cfg)
-        run.log(("loss", "lr"), lr=lr, tokens=batch_tokens, **stats)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        stats = common.read_stats(dict(loss=loss), grad_norm=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log(("loss", "lr"), lr=lr, tokens=tokens, **stats)
 
-    loss = evaluate(model, eval_examples, micro_tokens)
-    print(
-        f"held-out loss {loss:.3f} nats a token (perplexity {math.exp(loss):.2f}), "
-        f"{len(eval_examples)} demonstrations"
-    )
-    run.finish(model, tokenizer, dict(loss=loss, perplexity=math.exp(loss), n=len(eval_examples)))
-
+    # Mean negative log-likelihood of a held-out response token, in nats.
+    nll = common.per_sequence(lambda batch: -policy(batch)[0].sum(1), held_out, cfg, device)
+    tokens = sum(sum(example["mask"]) for example in held_out)
+    loss = nll.sum().item() / tokens
+    perplexity = math.exp(min(loss, 700.0))  # what has diverged must not overflow
+    run.finish(policy, tokenizer, dict(loss=loss, perplexity=perplexity, n=len(held_out)))
+    print(f"held-out loss {loss:.3f} nats a token (perplexity {perplexity:.2f}), {len(held_out)}")
 
 if __name__ == "__main__":
     common.command_line(Config, main, __doc__)

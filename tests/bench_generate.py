@@ -10,21 +10,29 @@ keys and values of the tokens that are there on average.
 
 import argparse
 import gc
-import json
 
 import torch
-from bench_shapes import SHAPES, memory_bandwidth, random_model, seconds
+from bench_shapes import (
+    SHAPES,
+    kv_bytes,
+    memory_bandwidth,
+    peak_gib,
+    print_row,
+    random_model,
+    seconds,
+    start_memory,
+)
 
 import common
 
 
-def peer_generate(model, prompts, new):
+def peer_generate(lm, prompts, new):
     """`model.generate` on the same prompts, padded on the left."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).to(model.device)
-    with common.as_it_is(model):  # its cache would compile every layer anew
-        model.generate(
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)
+    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).to(lm.device)
+    with torch.compiler.set_stance("force_eager"):  # its cache would compile every layer anew
+        lm.generate(
             ids, attention_mask=seen, max_new_tokens=new, do_sample=True, top_k=0, top_p=1.0,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
@@ -36,25 +44,23 @@ def main():
     parser.add_argument("--batches", default="64,256,512")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--lora_rank", type=int, default=0)
+    parser.add_argument("--lora_rank", type=int, default=0, help="rollouts through adapters")
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--peer", type=int, default=64, help="largest batch the peer is timed at")
     args = parser.parse_args()
     device = common.choose_device("auto")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = common.frozen_dtype(device)
     bandwidth = memory_bandwidth(device)
+    settings = argparse.Namespace(
+        lora_rank=args.lora_rank, lora_alpha=32.0, seed=0, compile=args.compile
+    )
     for shape in args.shapes.split(","):
-        model = None
+        policy = None
         gc.collect()  # a compiled layer refers to itself; two models would share the memory
-        model = random_model(shape, device, dtype).eval().requires_grad_(False)
-        common.has_plain_head(model)
-        lora = argparse.Namespace(lora_rank=args.lora_rank, lora_alpha=32.0, seed=0)
-        common.add_lora(model, lora)
-        common.compile_layers(model, args.compile)
-        config = model.config
-        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        head_size = config.hidden_size // config.num_attention_heads
-        kv_bytes = 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize  # a token
+        policy = common.Policy(random_model(shape, device, dtype).requires_grad_(False))
+        common.add_lora(policy, settings)
+        common.prepare(policy, settings)
+        config = policy.lm.config
         for batch in map(int, args.batches.split(",")):
             generator = torch.Generator().manual_seed(0)
             low = max(1, args.prompt // 4)
@@ -63,25 +69,27 @@ def main():
                 torch.randint(5, config.vocab_size, (n,), generator=generator).tolist()
                 for n in lengths
             ]
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            ours, warm_up = seconds(
-                lambda: common.generate(model, prompts, args.new, -1, slots=batch), device
-            )
-            cached = batch * (sum(lengths) / batch + args.new / 2)
-            weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            start_memory(device)
+            longest = max(lengths) + args.new
+            sampler = common.Sampler(policy, [], args.new, longest, slots=batch)
+            ours, warm_up = seconds(lambda: sampler(prompts), device)
+            cached = sum(lengths) + batch * args.new / 2  # tokens, on average
+            weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+            floor = (weights + cached * kv_bytes(config, dtype)) / bandwidth
             row = dict(
-                shape=shape, lora_rank=args.lora_rank, batch=batch, prompt=args.prompt, new=args.new, device=str(device),
-                ms_per_step=1e3 * ours / args.new, tokens_per_s=batch * args.new / ours,
-                floor_ms_per_step=1e3 * (weights + cached * kv_bytes) / bandwidth,
-                bandwidth_gb_s=bandwidth / 1e9, warm_up_s=warm_up,
-                peak_gib=common.peak_memory_gib(),
+                shape=shape, lora_rank=args.lora_rank, batch=batch, prompt=args.prompt,
+                new=args.new, device=str(device), ms_per_step=1e3 * ours / args.new,
+                tokens_per_s=batch * args.new / ours, floor_ms_per_step=1e3 * floor,
+                bandwidth_gb_s=bandwidth / 1e9, warm_up_s=warm_up, peak_gib=peak_gib(device),
             )  # fmt: skip
+            sampler.close()
             if batch <= args.peer:
-                theirs, _ = seconds(lambda: peer_generate(model, prompts, args.new), device, 1)
+                ours_attends = config._attn_implementation
+                policy.lm.set_attn_implementation("sdpa")  # slots know no left padding
+                theirs, _ = seconds(lambda: peer_generate(policy.lm, prompts, args.new), device, 1)
+                policy.lm.set_attn_implementation(ours_attends)
                 row["peer_ms_per_step"] = 1e3 * theirs / args.new
-            print(json.dumps({k: v if isinstance(v, (int, str)) else float(f"{v:.4g}")
-                              for k, v in row.items()}), flush=True)  # fmt: skip
+            print_row(**row)
 
 
 if __name__ == "__main__":

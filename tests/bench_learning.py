@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import rejection_sample  # noqa: E402
+import reward as reward_stage  # noqa: E402
 from data import hhh  # noqa: E402
 
 matplotlib.use("svg")
@@ -188,6 +189,7 @@ def report_objectives(work, seeds):
     rows = []
     for objective, colour in OBJECTIVES.items():
         outs = [out_of(objective_run(work, seed, objective, 1)) for seed in seeds]
+        outs = [out for out in outs if results_of(out)]
         curves = np.array([metrics_of(out, "gold")[:, 0] for out in outs]) * 100  # (seeds, steps)
         steps = np.arange(1, curves.shape[1] + 1)
         left.plot(steps, np.median(curves, 0), color=colour, label=objective)
@@ -294,38 +296,66 @@ def plan_frontier(work, seeds):
     return waves
 
 
-def judge(policy, ref, device, prompts, cfg):
-    """Score, KL to `ref`, share of ended answers, and gold where there is a judge, of a policy that
-    no script evaluated: as the scripts do it. `cfg` says the reward model, seed and lengths.
+def judge(folder, ref, device, prompts, cfg):
+    """eval.json's means, among them score, gold and KL to `ref`, of a policy that no script
+    evaluated: as the scripts do it. `cfg` says the reward model, seed and lengths.
     """
-    done = policy / "judged.json"
+    done = folder / "judged.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    tokenizer = common.load_tokenizer(policy)
-    model = common.load_policy(policy, device)
-    score, *_ = common.load_scorer(cfg, tokenizer, device, torch.float32)
-    found = common.evaluate(
-        model, model, common.load_policy(ref, device),
-        common.load_prompts(common.read_jsonl(prompts), tokenizer, cfg.max_prompt_tokens),
-        tokenizer, common.stop_ids(model, tokenizer), score,
-        common.load_gold("", prompts, tokenizer), cfg,
+    policy, ref = common.load_policy(folder, device), common.load_policy(ref, device)
+    tokenizer = common.load_tokenizer(folder, policy.lm)
+    score, _ = common.load_score(cfg, tokenizer, device)
+    gold = common.load_gold(cfg, prompts, tokenizer)
+    rows = common.load_prompts(common.read_jsonl(prompts), tokenizer, cfg, policy)
+    eos = common.stop_ids(policy.lm, tokenizer)
+    longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
+    sampler = common.Sampler(
+        common.sampling_copy(policy, cfg), eos, cfg.max_new_tokens, longest, cfg.temperature,
+        cfg.slots,
     )  # fmt: skip
-    results = dict(score_after=found["scores"].mean().item(), kl=found["kl"])
-    results |= dict(eos_rate_after=found["eos_rate"])
-    if found["gold"] is not None:
-        results["gold_after"] = (found["gold"] >= 0.5).float().mean().item()
+    found = common.answer_prompts(policy, sampler, ref, rows, tokenizer, score, gold, cfg)
+    _, results = common.compare(rows, after=found)
+    results["kl"] = sum(found["kl"]) / len(rows)
     done.write_text(json.dumps(results), encoding="utf-8")
     return results
+
+
+def best_of_n_curve(folder, tokenizer):
+    """Best-of-n for n = 1, 2, 4, ... from a run's answers to the held-out prompts: dicts of n, the
+    bound of the KL, mean score and share of good answers. All groups of n count, so that a small n
+    is not noisy.
+    """
+    candidates = common.read_jsonl(folder / "eval_candidates.jsonl")
+    rewards, scores, ended = (
+        torch.tensor([candidate[key] for candidate in candidates])
+        for key in ("rewards", "scores", "ended")
+    )  # (P, N) each
+    answers = [(c["prompt"], response) for c in candidates for response in c["responses"]]
+    judge_gold = common.function_score(f"{DATA / 'hhh.py'}:gold_score", tokenizer)
+    asked, said = map(list, zip(*answers))
+    gold = judge_gold(asked, None, said).view_as(scores)
+    curve, N = [], rewards.shape[1]
+    for n in (2**i for i in range(N.bit_length())):
+        r, e, s, g = (
+            x[:, : N // n * n].reshape(-1, n) for x in (rewards, ended, scores, gold)
+        )  # of each group of n
+        r = r.masked_fill(~e & e.any(1, keepdim=True), -torch.inf)  # the cut ones only ever lose
+        best = rejection_sample.best_of_n(r)[:, None]
+        good = (g.gather(1, best) >= 0.5).float().mean().item()
+        point = dict(n=n, kl=rejection_sample.best_of_n_kl(n), gold_after=good)
+        curve.append(point | dict(score_after=s.gather(1, best).mean().item()))
+    return curve
 
 
 def frontier_points(work, seeds):
     """name -> one dict of gold_after, score_after, kl a seed."""
     found = {}
     for seed in seeds:
-        for point in results_of(work / f"{seed}/sample_rank")["best_of_n"]:
-            own = dict(gold_after=point["gold"], score_after=point["score"], kl=point["kl"])
-            found.setdefault(f"best of {point['n']} (KL: the bound)", []).append(own)
         start = start_of(work, seed)
+        tokenizer = common.load_tokenizer(start["policy"])
+        for point in best_of_n_curve(work / f"{seed}/sample_rank", tokenizer):
+            found.setdefault(f"best of {point['n']} (KL: the bound)", []).append(point)
         cfg = rejection_sample.Config(reward=str(start["reward"]), seed=seed, device="cpu")
         prompts, device = DATA / "eval_prompts.jsonl", torch.device("cpu")
         best = judge(work / f"{seed}/sft_on_best", start["policy"], device, prompts, cfg)
@@ -395,10 +425,10 @@ def report_over_optimisation(work, seeds):
                 kl, gold, score = metrics_of(work / f"{seed}/ppo_weak", "kl", "gold", "score").T
                 gold, score = gold - before["gold_before"], score - before["score_before"]
             else:
-                found = results_of(work / f"{seed}/best_weak")["best_of_n"]
-                kl, gold, score = np.array(
-                    [[p[k] for k in ("kl", "gold", "score")] for p in found]
-                ).T
+                tokenizer = common.load_tokenizer(work / f"{seed}/sft")
+                found = best_of_n_curve(work / f"{seed}/best_weak", tokenizer)
+                keys = ("kl", "gold_after", "score_after")
+                kl, gold, score = np.array([[point[key] for key in keys] for point in found]).T
                 gold, score = gold - gold[0], score - score[0]
             d, gold, score = np.sqrt(kl[kl > 0]), gold[kl > 0], score[kl > 0]
             points.append((d, gold, score))
@@ -441,7 +471,8 @@ def report_over_optimisation(work, seeds):
 LEFT_OUT = dict(  # folder: what it is, flags; a patch edits a line of ppo.py
     ppo=("all of them (the defaults)", {}),
     value_zero=("value model from the policy, zero head", dict(
-        patch="load = ppo.load_value; ppo.load_value = lambda *args: load(*args[:-2], None, None)"
+        patch="load = common.load_score; "
+        "common.load_score = lambda *args, **more: (load(*args, **more)[0], None)"
     )),
     no_whitening=("no whitening", dict(patch="ppo.whiten = lambda x, mask: x * mask")),
     no_kl=("no KL penalty", dict(kl_coef=0.0)),
@@ -510,13 +541,15 @@ def plan_reward(work, seeds):
 def calibration(folder, loss, pairs):
     """(predicted probability that the first answer is preferred, whether it was) of each pair."""
     device = torch.device("cpu")
-    tokenizer, model = common.load_tokenizer(folder), common.load_reward(folder, device)
-    score = common.model_scorer(model, tokenizer, tokenizer, 512)
-    texts = [[p["prompt"]] * 2 for p in pairs]
+    tokenizer, scorer = common.load_tokenizer(folder), common.load_scorer(folder, device)
     answers = [sorted([p["chosen"], p["rejected"]]) for p in pairs]  # an order that tells nothing
-    prompts = [common.encode_prompt(tokenizer, p) for both in texts for p in both]
-    ids = [common.encode_response(tokenizer, "", a) for both in answers for a in both]
-    scores = score(sum(texts, []), prompts, ids).view(-1, 2)
+    examples = [
+        common.encode(tokenizer, p["prompt"], answer)
+        for p, both in zip(pairs, answers)
+        for answer in both
+    ]
+    cfg = reward_stage.Config()
+    scores = common.per_sequence(scorer.last, examples, cfg, device).view(-1, 2)
     # A pointwise model speaks in units of gold; the annotator's own noise makes log-odds of them.
     log_odds = (scores[:, 0] - scores[:, 1]) / (hhh.TAU if loss == "pointwise" else 1)
     first = [float(p["chosen"] == both[0]) for p, both in zip(pairs, answers)]

@@ -21,7 +21,17 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_shapes import matmul_flops, memory_bandwidth, random_model, word_tokenizer
+from bench_shapes import (
+    kv_bytes,
+    matmul_flops,
+    memory_bandwidth,
+    peak_gib,
+    print_row,
+    random_model,
+    start_memory,
+    training_flops,
+    word_tokenizer,
+)
 
 import common
 import ppo
@@ -54,24 +64,16 @@ def measure(configuration, steps, folder, more):
     common.write_jsonl(folder / "eval.jsonl", rows[:2])
 
     # The scripts' own loops, on models that no folder holds.
-    common.load_tokenizer = lambda path, needs_eos=True: tokenizer
-    common.stop_ids = lambda model, tokenizer: [-1]  # no answer ends before the limit
+    def load_policy(path, device, dtype=torch.float32, max_length=float("inf")):
+        return common.Policy(random_model(policy, device, dtype), max_length)
 
-    def load(shape, reward):
-        def load_random(path, device, dtype=torch.float32):
-            model = random_model(shape, device, dtype, reward).train()
-            common.use_causal_attention(model)
-            if reward:
-                model.scores_tokens = True
-                model.score.float()
-            else:
-                common.has_plain_head(model)
-            return model
+    def load_scorer(path, device, dtype=torch.float32, new_head=False):
+        return common.Scorer(random_model(value, device, dtype, reward=True))
 
-        return load_random
-
-    common.load_policy, common.load_reward = load(policy, False), load(value, True)
-    common.Run.finish = lambda self, model, tokenizer, results: self.metrics.close()
+    common.load_policy, common.load_scorer = load_policy, load_scorer
+    common.load_tokenizer = lambda path, lm=None: tokenizer
+    common.stop_ids = lambda lm, tokenizer: []  # no answer ends before the limit
+    common.Run.finish = lambda self, module, tokenizer, results: self.metrics.close()
     # What fits 80 GB: OPT keeps the K/V of all its heads, 0.1 GiB a slot of 512 tokens.
     slots = 128 if policy.startswith("opt") else int(episodes)
     if policy in ("1.5b", "7b") and not more["micro_tokens"]:
@@ -98,15 +100,14 @@ def floors(configuration, device):
     B, tokens = int(episodes), int(episodes) * (prompt + new)
     models = [random_model(policy, "meta", torch.float32)]
     models.append(random_model(value, "meta", torch.float32, reward=True))
-    config, item = models[0].config, 2 if device.type == "cuda" else 4
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    kv = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
-    step_bytes = item * (models[0].num_parameters() + kv * B * (prompt + new / 2))
+    dtype = common.frozen_dtype(device)
+    cached = B * (prompt + new / 2)  # tokens, on average
+    step_bytes = dtype.itemsize * models[0].num_parameters()
+    step_bytes += cached * kv_bytes(models[0].config, dtype)
     # Backward is twice the forward: old log-probs, reference, value and reward are a forward each.
     passes = int(epochs) + 2 / 3
-    operations = passes * common.training_flops(models, tokens, B * new)
-    operations *= 4 / 6 if rank else 1  # frozen weights have no gradient
-    return new * step_bytes / memory_bandwidth(device), operations / matmul_flops(device)
+    operations = sum(training_flops(lm, tokens, B * new, frozen=bool(rank)) for lm in models)
+    return new * step_bytes / memory_bandwidth(device), passes * operations / matmul_flops(device)
 
 
 def main():
@@ -131,15 +132,14 @@ def main():
             subprocess.run([sys.executable, __file__, "--only", name, *flags])
         return
     configuration = CONFIGURATIONS.get(args.only, args.only)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    start_memory(device)
     # What ppo.py prints goes to stderr: stdout is for the results.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         found = measure(configuration, args.steps, Path(folder), more)
     keys = """seconds rollout_seconds score_seconds update_seconds rollout_tokens_per_s
-        update_tokens_per_s update_mfu peak_tflops peak_memory_gib sampler_gap""".split()
+        update_tokens_per_s sampler_gap""".split()
     row = dict(name=args.only, configuration=configuration, device=str(device))
-    row |= {key: found[key] for key in keys if key in found}
+    row |= {key: found[key] for key in keys} | dict(peak_gib=peak_gib(device))
     row["episodes_per_s"] = int(configuration.split(":")[2]) / found["seconds"]
     row["floor_decode_s"], row["floor_arithmetic_s"] = floors(configuration, device)
     policy, _, episodes, lengths, epochs, *_ = configuration.split(":")
@@ -151,8 +151,7 @@ def main():
         done = arch and subprocess.run(command, capture_output=True, text=True)
         if done and done.returncode == 0:
             row["peer"] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}),
-          flush=True)  # fmt: skip
+    print_row(**row)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-import torch
 from bench_learning import RESULTS, ROOT, command, judge, metrics_of, out_of, results_of, table
 
 import common
@@ -47,14 +46,10 @@ def run(parts):
 
 def right_pairs(folder, rows, device):
     """Which of the valid pairs a reward model puts in order."""
-    tokenizer, model = common.load_tokenizer(folder), common.load_reward(folder, device)
-    judgements = [reward.encode(tokenizer, row) for row in rows]
-    right = []
-    with torch.no_grad():
-        for judgement in judgements:
-            rewards, *_ = reward.forward(model, [judgement])
-            right.append(bool(rewards[0, 0] > rewards[0, 1]))
-    return right
+    tokenizer, scorer = common.load_tokenizer(folder), common.load_scorer(folder, device)
+    judgements = [reward.read_judgement(tokenizer, row) for row in rows]
+    scores = reward.score_all(scorer, judgements, reward.Config())
+    return [bool(chosen > rejected) for chosen, rejected in scores]
 
 
 def mcnemar(first, second):

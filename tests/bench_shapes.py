@@ -3,6 +3,8 @@
 Speed does not depend on what the weights are, so nothing is downloaded.
 """
 
+import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -58,7 +60,7 @@ def random_model(shape, device, dtype, reward=False):
     config.num_labels = 1
     config.dropout = config.attention_dropout = 0.0  # as common.load_model makes it
     with torch.device(device):
-        return auto_class.from_config(config, dtype=dtype)
+        return auto_class.from_config(config, dtype=dtype).train()
 
 
 def word_tokenizer(vocab_size):
@@ -101,3 +103,42 @@ def matmul_flops(device):
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best, _ = seconds(lambda: a @ b, device, repeats=10)
     return 2 * n**3 / best
+
+
+def training_flops(lm, tokens, head_tokens, frozen=False):
+    """Operations of a forward and a backward: 6 for each token and weight of the layers, and for
+    each response token and weight of an LM head; 4 where the weights are frozen under LoRA.
+    Attention's products of tokens with tokens are left out.
+    """
+    lists = [part for part in lm.modules() if isinstance(part, torch.nn.ModuleList)]
+    layers = sum(p.numel() for p in max(lists, key=len).parameters())
+    head = lm.get_output_embeddings()
+    head = 0 if head is None else head.weight.numel()
+    return (4 if frozen else 6) * (tokens * layers + head_tokens * head)
+
+
+def kv_bytes(config, dtype):
+    """Of one token in the cache."""
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_size = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_size * dtype.itemsize
+
+
+def start_memory(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device):
+    """Of the device since `start_memory`; on the CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def print_row(**row):
+    """A line of JSON, numbers to four digits."""
+    for name, value in row.items():
+        if isinstance(value, float):
+            row[name] = float(f"{value:.4g}")
+    print(json.dumps(row), flush=True)

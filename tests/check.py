@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,123 +22,132 @@ import ppo  # noqa: E402
 CPU = torch.device("cpu")
 QUESTIONS = ["What is the capital of France?", "Tell me a story about the sea.", "How?", "你好"]
 ANSWERS = ["The capital is Paris.", "Once there was a boat, and it went away.", "Yes.", "你好！"]
+NEW = 12  # tokens of the answers that are sampled here
 
 
 def encode(tokenizer):
-    """Prompts and answers of different lengths, as token ids."""
-    prompts = [common.encode_prompt(tokenizer, q) for q in QUESTIONS]
-    return prompts, [common.encode_response(tokenizer, q, a) for q, a in zip(QUESTIONS, ANSWERS)]
+    """Questions with their answers, of different lengths, as examples."""
+    return [common.encode(tokenizer, q, a) for q, a in zip(QUESTIONS, ANSWERS)]
 
 
-def logprobs_of(model, examples, rows, grad=False):
-    """(len(rows), R) log-probs of the responses, rows together in one batch."""
+def logprobs_of(policy, examples, grad=False):
+    """(B, T) log-probs of the responses, all in one batch."""
     with torch.set_grad_enabled(grad):
-        return common.response_logprobs(model, common.collate(examples, rows, CPU))
+        return policy(common.collate(examples))[0]
 
 
 def largest(a, b):
     return (a - b).abs().max().item()
 
 
+def as_loaded(lm):
+    """The same weights under the plainest of transformers' own attentions."""
+    plain = copy.deepcopy(lm).eval()
+    plain.set_attn_implementation("eager")
+    return plain
+
+
+@torch.no_grad()
+def plain_greedy(lm, prompts, max_new_tokens, eos):
+    """Greedy answers by `model.generate`, one prompt at a time, so that nothing is padded."""
+    plain = as_loaded(lm)
+    plain.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos[0]
+    )
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        answered = plain.generate(ids, attention_mask=torch.ones_like(ids))
+        answers.append(answered[0, len(prompt) :].tolist())
+    return answers
+
+
 def check_policy(policy, tokenizer):
     """Yield (what, measured, bound): a check passes when measured is at most its bound."""
-    prompts, answers = encode(tokenizer)
-    examples = [common.join(p, a) for p, a in zip(prompts, answers)]
-    everything = range(len(examples))
-    eos = common.stop_ids(policy, tokenizer)
-    together = logprobs_of(policy, examples, everything)
+    examples = encode(tokenizer)
+    prompts = [common.encode_prompt(tokenizer, question) for question in QUESTIONS]
+    batch = common.collate(examples)
+    eos = common.stop_ids(policy.lm, tokenizer)
+    together = logprobs_of(policy, examples)
 
-    missing = sum(answer[-1] not in eos for answer in answers)
+    missing = sum(example["ids"][-1] not in eos for example in examples)
     yield "answers that end in no stop token", missing, 0
-    learned = logprobs_of(policy, examples, [0], grad=True)
-    head = policy.get_output_embeddings().weight
-    if head.requires_grad:
-        gradient = torch.autograd.grad(learned[0, len(answers[0]) - 1], head)[0]
-        yield "EOS learns nothing from an answer", int(gradient.abs().max() == 0), 0
+    head = policy.lm.get_output_embeddings().weight
+    learned = logprobs_of(policy, examples[:1], grad=True)[0, -1]  # of EOS
+    gradient = torch.autograd.grad(learned, head)[0]
+    yield "EOS learns nothing from an answer", int(gradient.abs().max() == 0), 0
 
-    ratio = (logprobs_of(policy, examples, everything, grad=True).detach() - together).exp()
+    ratio = (logprobs_of(policy, examples, grad=True).detach() - together).exp()
     yield "ratio before the first update: largest |ratio - 1|", largest(ratio, torch.ones(())), 0
-    reference = copy.deepcopy(policy)
-    yield "KL to the reference at the start", largest(
-        logprobs_of(reference, examples, everything), together
-    ), 0  # fmt: skip
+    reference = logprobs_of(copy.deepcopy(policy), examples)
+    yield "KL to the reference at the start", largest(reference, together), 0
 
+    with torch.no_grad():
+        full = as_loaded(policy.lm)(input_ids=batch["ids"], use_cache=False).logits[:, :-1]
+    expected = common.token_logprobs(full, batch["ids"][:, 1:]) * batch["mask"][:, 1:]
+    yield "log-probs against transformers' own logits", largest(together[:, 1:], expected), 1e-3
     alone = torch.zeros_like(together)
-    for row in everything:
-        one = logprobs_of(policy, examples, [row])
-        alone[row, : one.shape[1]] = one
+    for row, example in enumerate(examples):
+        alone[row, : len(example["ids"])] = logprobs_of(policy, [example])[0]
     yield "padding: log-prob alone against in a batch", largest(alone, together), 1e-3
 
-    norms = []
-    for parts in ([list(everything)], [[row] for row in everything]):
+    gradients = []
+    for parts in ([examples], [[example] for example in examples]):
         policy.zero_grad()
         for part in parts:
-            logprobs_of(policy, examples, part, grad=True).sum().backward()
+            logprobs_of(policy, part, grad=True).sum().backward()
         grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
-        norms.append(torch.cat(grads))
+        gradients.append(torch.cat(grads))
     policy.zero_grad()
-    gap = (norms[0] - norms[1]).norm() / norms[0].norm()
+    gap = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     yield "micro-batches: relative difference of the gradient", gap.item(), 1e-3
 
-    responses, sampled = common.generate(
-        policy, prompts, 12, eos, generator=torch.Generator().manual_seed(0), slots=3, logprobs=True
-    )
-    if sampled is not None:
-        rollout = [common.join(p, r) for p, r in zip(prompts, responses)]
-        trained = logprobs_of(policy, rollout, everything)
-        gap = largest(common.pad_right(sampled, CPU), trained)
-        yield "sampling: log-prob there against in training", gap, 1e-3
+    longest = max(map(len, prompts)) + NEW
+    sampler = common.Sampler(policy, eos, NEW, longest, slots=3)
+    responses, sampled = sampler(prompts, torch.Generator().manual_seed(0))
+    sampler.close()
+    rollout = [common.join(p, r) for p, r in zip(prompts, responses)]
+    mask = common.collate(rollout)["mask"].bool()
+    trained = logprobs_of(policy, rollout)[mask]
+    gap = largest(torch.tensor(sum(sampled, [])), trained)
+    yield "sampling: log-prob there against in training", gap, 1e-3
 
-    greedy = common.generate(policy, prompts, 12, eos, temperature=0, slots=3)
-    plain = common.transformers_generate(
-        policy, prompts, common.Sampling(eos, 12, temperature=0), None, batch_size=1
-    )
-    wrong = sum(a != b for a, b in zip(greedy, plain))
-    yield "greedy answers unlike model.generate's", wrong, 0
+    sampler = common.Sampler(policy, eos, NEW, longest, temperature=0, slots=3)
+    greedy, _ = sampler(prompts)
+    sampler.close()
+    plain = plain_greedy(policy.lm, prompts, NEW, eos)
+    yield "greedy answers unlike model.generate's", sum(a != b for a, b in zip(greedy, plain)), 0
 
     if tokenizer.chat_template is not None:
         question = [dict(role="user", content=QUESTIONS[0])]
+        ids = common.encode(tokenizer, question, ANSWERS[0])["ids"]
         dialogue = question + [dict(role="assistant", content=ANSWERS[0])]
-        ids, mask = common.encode_dialogue(tokenizer, dialogue)
-        prompt = common.encode_prompt(tokenizer, question)
-        cut = [i for i, m in zip(ids, mask) if m]
-        answer = common.encode_response(tokenizer, question, ANSWERS[0])
-        yield "chat: prompt and answer are not the dialogue", int(
-            ids[: len(prompt)] != prompt or cut != answer
-        ), 0  # fmt: skip
-        yield "chat: the turn ends in no stop token", int(answer[-1] not in eos), 0
+        text = tokenizer.apply_chat_template(dialogue, tokenize=False)
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        n = len(ids) - 1  # where the template ends no turn, EOS does
+        yield "chat: prompt and answer are not the dialogue", int(whole[:n] != ids[:n]), 0
+        yield "chat: the turn ends in no stop token", int(ids[-1] not in eos), 0
 
     # A response token that looks like padding counts like any other.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    odd = [common.join(prompts[0], [pad, *answers[0]])]
-    counted = common.collate(odd, [0], CPU).mask.sum().item()
-    yield "padding tokens in an answer that are not counted", len(answers[0]) + 1 - counted, 0
+    counted = common.collate([common.join(prompts[0], [pad, pad, eos[0]])])["mask"].sum().item()
+    yield "padding tokens in an answer that are not counted", 3 - counted, 0
 
-    loss, stats = ppo.policy_loss(together, together, torch.ones_like(together), together < 0)
+    loss, _ = ppo.policy_loss(together, together, torch.ones_like(together), batch["mask"])
     yield "PPO at ratio 1: |loss + mean advantage|", abs(loss.item() + 1), 1e-6
 
 
-def with_own_attention(model):
-    """The same weights with transformers' own attention."""
-    model = copy.deepcopy(model)
-    if hasattr(model, "own_attention"):
-        model.set_attn_implementation(model.own_attention)
-    return model
-
-
-def check_reward(reward, reward_tokenizer):
+def check_reward(scorer, tokenizer):
     """The same for a reward model: the score of a batch is that of each text alone."""
-    prompts, answers = encode(reward_tokenizer)
-    examples = [common.join(p, a) for p, a in zip(prompts, answers)]
+    examples = encode(tokenizer)
+    plain = as_loaded(scorer.lm)
     with torch.no_grad():
-        together = common.sequence_scores(reward, common.collate(examples, range(4), CPU))
-        mean = getattr(reward.config, "reward_mean", 0.0)
-        # One sequence has no padding, so plain transformers reads its last token or all of it.
-        plain = with_own_attention(reward)
-        alone = [plain(input_ids=torch.tensor([ids])).logits.item() - mean for ids, _ in examples]
-    yield "score of a batch against each alone in transformers", largest(
-        together, torch.tensor(alone)
-    ), 1e-3 * max(1.0, together.abs().max().item())  # fmt: skip
+        together = scorer.last(common.collate(examples))
+        # One sequence has no padding, so plain transformers reads its last token.
+        alone = [plain(torch.tensor([example["ids"]])).logits.item() for example in examples]
+    gap = largest(together, torch.tensor(alone) - scorer.mean)
+    bound = 1e-3 * max(1.0, together.abs().max().item())
+    yield "score of a batch against each alone in transformers", gap, bound
     yield "scores that are not finite", int((~together.isfinite()).sum()), 0
     yield "different answers that all score the same", int(together.std() == 0), 0
 
@@ -162,11 +172,14 @@ def main(argv=None):
     try:
         if args.policy:
             policy = common.load_policy(args.policy, CPU)
-            failed += report(args.policy, check_policy(policy, common.load_tokenizer(args.policy)))
+            tokenizer = common.load_tokenizer(args.policy, policy.lm)
+            failed += report(args.policy, check_policy(policy, tokenizer))
         if args.reward:
+            scorer = common.load_scorer(args.reward, CPU)
+            if not scorer.reads_tokens:
+                raise common.UserError(f"{args.reward}: it reads text by its own forward, not here")
             tokenizer = common.load_tokenizer(args.reward)
-            reward = common.load_reward(args.reward, CPU)
-            failed += report(args.reward, check_reward(reward, tokenizer))
+            failed += report(args.reward, check_reward(scorer, tokenizer))
     except common.UserError as problem:
         sys.exit(f"check.py: {problem}")
     if not args.policy and not args.reward:

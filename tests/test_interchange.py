@@ -3,145 +3,153 @@
 import pytest
 import torch
 from conftest import (
-    QUESTIONS,
-    eval_of,
-    ppo_config,
-    rejection_sample_config,
-    reward_config,
-    rows_of,
-)
+    QUESTIONS, eval_of, ppo_config, rejection_sample_config, reward_config, rows_of,
+)  # fmt: skip
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
-    pipeline,
-)
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+    LlamaForSequenceClassification, PreTrainedTokenizerFast, pipeline,
+)  # fmt: skip
 
 import common
 import ppo
 import rejection_sample
 import reward
 
-
-def test_our_reward_model_in_the_text_classification_pipeline(reward_folder):
-    tokenizer = AutoTokenizer.from_pretrained(reward_folder)
-    classify = pipeline("text-classification", str(reward_folder), function_to_apply="none")
-    texts = [(q, a) for q in QUESTIONS[:3] for a in ("egg", "The capital is Paris.")]
-    # The pipeline's tokenizer writes no EOS, so it stands in the text.
-    plain = classify([q + a + tokenizer.eos_token for q, a in texts], batch_size=1)
-    model = common.load_reward(reward_folder, torch.device("cpu"))
-    score = common.model_scorer(model, tokenizer, tokenizer, 512)
-    ours = score(
-        [q for q, _ in texts],
-        [common.encode_prompt(tokenizer, q) for q, _ in texts],
-        [common.encode_response(tokenizer, q, a) for q, a in texts],
-    )
-    mean = model.config.reward_mean
-    assert mean != 0
-    expected = [label["score"] - mean for label in plain]
-    assert ours.tolist() == pytest.approx(expected, abs=1e-5)
-    assert max(expected) - min(expected) > 1e-3
+CPU = torch.device("cpu")
 
 
-def test_our_policy_writes_the_same_in_plain_transformers(tmp_path, data, sft_folder):
-    ppo.main(ppo_config(data, sft_folder, tmp_path / "ppo"))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ppo")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo", dtype=torch.float32).eval()
-    ours = common.load_policy(tmp_path / "ppo", torch.device("cpu"))
-    prompts = [tokenizer(q)["input_ids"] for q in QUESTIONS]
-    responses = common.generate(ours, prompts, 20, tokenizer.eos_token_id, temperature=0)
-    for prompt, response in zip(prompts, responses):
-        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
-        assert tokenizer.decode(out[0, len(prompt) :]) == tokenizer.decode(response)
+@pytest.fixture(scope="module", params=["own_pad", "pad_is_eos", "only_eos"])
+def stages(request, tmp_path_factory, data, tiny_tokenizer, tiny_llama):
+    """Folders of a model and of our reward model on it. Its pad token is its own, or EOS; or EOS
+    is all that it has, so that reward.py adds a token and an embedding row."""
+    folder, tokenizer = tmp_path_factory.mktemp(request.param), tiny_tokenizer()
+    if request.param == "pad_is_eos":
+        tokenizer.pad_token = "<eos>"
+    if request.param == "only_eos":
+        same = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<eos>")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **same)
+    base = tiny_llama(len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    cfg = reward_config(data, folder / "base", folder / "rm")
+    reward.main(cfg)
+    rows = AutoModelForSequenceClassification.from_pretrained(cfg.out).get_input_embeddings().weight
+    assert len(rows) == base.config.vocab_size + (request.param == "only_eos")
+    if request.param == "only_eos":  # nothing trains it, and it is the same in every run
+        again, _ = reward.new_reward_model(cfg, CPU)
+        assert torch.equal(rows[-1], again.lm.get_input_embeddings().weight[-1])
+    return cfg.model, cfg.out
 
 
-def test_a_community_reward_model_of_another_family(tmp_path, data, sft_folder, tiny_tokenizer):
-    """Qwen2 with its own tokenizer and chat template, as they lie on the hub."""
+def test_our_models_in_plain_transformers(tmp_path, data, stages, monkeypatch):
+    """The reward model by the policy's ids in ppo.py, and by text in a pipeline, alone and in a
+    padded batch; what the policy that ppo.py trains writes."""
+    (base, rm), load, seen = stages, common.load_score, []
+
+    def recorded(*args, **kwargs):
+        score, model = load(*args, **kwargs)
+        assert model is not None  # or it would read the text
+
+        def keep(*asked):
+            seen.append((*asked, score(*asked)))
+            return seen[-1][-1]
+
+        return keep, model
+
+    monkeypatch.setattr(common, "load_score", recorded)
+    cfg = ppo_config(data, base, tmp_path, reward_fn="", reward=rm)
+    ppo.main(cfg)
+    classify = pipeline("text-classification", rm, function_to_apply="none")
+    plain, mean, tokenizer = classify.model, classify.model.config.reward_mean, classify.tokenizer
+    assert len(seen) == 4 and mean != 0  # the held-out prompts before and after, and two steps
+    for _, prompts, responses, scores in seen:
+        for prompt, response, score in zip(prompts, responses, scores.tolist(), strict=True):
+            hidden = plain.model(torch.tensor([prompt + response])).last_hidden_state
+            assert score == pytest.approx(plain.score(hidden)[0, -1].item() - mean, abs=1e-5)
+
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    questions, answers = QUESTIONS[:4], ["egg", "The capital is Paris.", "wait", "boat"]
+    ids = [y + [2] for y in tokenizer(answers, add_special_tokens=False)["input_ids"]]
+    score, _ = load(cfg, AutoTokenizer.from_pretrained(base), CPU)
+    ours = score(questions, tokenizer(questions)["input_ids"], ids).tolist()
+    assert max(ours) - min(ours) > 1e-3
+    for size in (1, 4):  # the pipeline's tokenizer writes no EOS, so it stands in the text
+        labels = classify([q + a + "<eos>" for q, a in zip(questions, answers)], batch_size=size)
+        assert ours == pytest.approx([label["score"] - mean for label in labels], abs=1e-5)
+
+    prompts = tokenizer(QUESTIONS)["input_ids"]
+    theirs = AutoModelForCausalLM.from_pretrained(cfg.out)
+    responses = common.generate(common.load_policy(cfg.out, CPU).lm, prompts, 20, 2, temperature=0)
+    for prompt, response in zip(prompts, responses, strict=True):
+        written = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        assert written[0, len(prompt) :].tolist() == response
+
+
+def test_a_community_reward_model(tmp_path, data, sft_folder, tiny_tokenizer, tiny_llama):
+    """With its own tokenizer and chat template, as they lie on the hub."""
     tokenizer = tiny_tokenizer(300)
     tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_labels=1)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
-        eos_token_id=2, initializer_range=0.3, **sizes,
-    )  # fmt: skip
-    theirs = Qwen2ForSequenceClassification(config).eval()
+    theirs = LlamaForSequenceClassification(tiny_llama(300, num_labels=1).config).eval()
     theirs.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    flags = dict(reward_fn="", reward=str(tmp_path / "rm"), data=str(data / "chat_prompts.jsonl"))
-    flags["eval_data"] = str(data / "chat_prompts.jsonl")
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags, max_new_tokens=12)
+    path = str(data / "chat_prompts.jsonl")
+    flags = dict(reward_fn="", reward=str(tmp_path / "rm"), max_new_tokens=12)
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", data=path, eval_data=path, **flags)
     ppo.main(cfg)
-    cut = []
+    ended = []
     for sample in rows_of(cfg.out, "samples"):
         answer = [dict(role="assistant", content=sample["after"])]
         text = tokenizer.apply_chat_template(sample["prompt"] + answer, tokenize=False)
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            expected = [theirs(torch.tensor([ids])).logits.item() for ids in (whole, whole[:-1])]
-        gaps = [abs(sample["score_after"] - score) for score in expected]
-        assert min(gaps) < 1e-4 < max(gaps)
-        cut.append(gaps[1] < gaps[0])  # an answer that was cut is read without its end token
-    assert 1 - sum(cut) / len(cut) == pytest.approx(eval_of(cfg.out)["eos_rate_after"])
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        scores = [theirs(x).logits.item() for x in (ids, ids[:, :-1])]
+        whole, cut = (abs(score - sample["score_after"]) for score in scores)
+        assert min(whole, cut) < 1e-4 < max(whole, cut)
+        ended.append(whole < cut)  # an answer that was cut is read without its end token
+    assert sum(ended) / len(ended) == pytest.approx(eval_of(cfg.out)["eos_rate_after"])
 
 
-# TRL
+TRL = dict(
+    max_steps=1, report_to=[], save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+    gradient_checkpointing=False,
+)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trl():
-    return pytest.importorskip("trl", reason="pip install trl")
-
-
-def test_trl_trains_dpo_on_our_dpo_file(tmp_path, data, sft_folder, trl):
-    from datasets import load_dataset
-
-    cfg = rejection_sample_config(data, sft_folder, tmp_path / "ours", loss="none")
+@pytest.mark.parametrize("name", ["prompts", "chat_prompts"])
+def test_trl_trains_dpo_on_our_dpo_file(tmp_path, data, sft_folder, name):
+    trl, datasets = map(pytest.importorskip, ("trl", "datasets"))
+    path = str(data / f"{name}.jsonl")
+    flags = dict(loss="none", data=path, eval_data=path)
+    cfg = rejection_sample_config(data, sft_folder, tmp_path / "ours", **flags)
     rejection_sample.main(cfg)
-    rows = load_dataset("json", data_files=f"{cfg.out}/dpo.jsonl", split="train")
+    rows = datasets.load_dataset("json", data_files=f"{cfg.out}/dpo.jsonl", split="train")
     assert len(rows) == len(rows_of(cfg.out, "dpo")) > 0
+    model = AutoModelForCausalLM.from_pretrained(sft_folder)
+    before = model.lm_head.weight.detach().clone()
+    size = dict(per_device_train_batch_size=len(rows), logging_steps=1, learning_rate=1e-3)
+    arguments = trl.DPOConfig(str(tmp_path / "trl"), beta=0.3, **TRL, **size)
     tokenizer = AutoTokenizer.from_pretrained(sft_folder)
-    arguments = trl.DPOConfig(
-        str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=len(rows), beta=0.3,
-        report_to=[], save_strategy="no", use_cpu=True, bf16=False, logging_steps=1,
-        gradient_checkpointing=False, learning_rate=1e-3, disable_tqdm=True,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(sft_folder, dtype=torch.float32)
     trainer = trl.DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     # Before the first step the policy is the reference: log 2, theirs and ours.
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    moved = [a - b for a, b in zip(model.parameters(), weights_in(sft_folder))]
-    assert max(m.abs().max() for m in moved) > 0
+    assert not torch.equal(model.lm_head.weight, before)
 
 
-def weights_in(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).parameters()
-
-
-def test_trl_trains_a_reward_model_on_our_pairs_with_our_accuracy(tmp_path, data, sft_folder, trl):
-    """TRL's RewardTrainer reads our pairs, and judges our reward model as we do."""
-    from datasets import load_dataset
-
-    cfg = reward_config(data, sft_folder, tmp_path / "rm", steps=6, lr=3e-3)
+def test_trl_judges_our_reward_model_as_we_do(tmp_path, data, sft_folder):
+    trl, datasets = map(pytest.importorskip, ("trl", "datasets"))
+    cfg = reward_config(data, sft_folder, tmp_path / "rm", lr=3e-3)
     reward.main(cfg)
-    rows = load_dataset("json", data_files=str(data / "pairs.jsonl"), split="train")
-    tokenizer = AutoTokenizer.from_pretrained(cfg.out)
-    arguments = trl.RewardConfig(
-        str(tmp_path / "trl"), max_steps=1, per_device_eval_batch_size=4, report_to=[],
-        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
-        learning_rate=0.0, disable_tqdm=True,
-    )  # fmt: skip
-    model = AutoModelForSequenceClassification.from_pretrained(cfg.out, dtype=torch.float32)
+    rows = datasets.load_dataset("json", data_files=str(data / "pairs.jsonl"), split="train")
+    size = dict(per_device_eval_batch_size=4, learning_rate=0.0)
     trainer = trl.RewardTrainer(
-        model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
-    )
-    found = trainer.evaluate()
-    ours = eval_of(cfg.out)
+        AutoModelForSequenceClassification.from_pretrained(cfg.out), train_dataset=rows,
+        args=trl.RewardConfig(str(tmp_path / "trl"), **TRL, **size), eval_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(cfg.out),
+    )  # fmt: skip
+    found, ours = trainer.evaluate(), eval_of(cfg.out)
     assert found["eval_loss"] == pytest.approx(ours["loss"], abs=1e-4)
     assert found["eval_accuracy"] == pytest.approx(ours["accuracy"], abs=1e-6)
