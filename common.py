@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -320,28 +321,18 @@ def load_model(kind, path, device, dtype, new_head=False):
     folder is merged into its base. Raises UserError.
     """
     if (Path(path) / "adapter_config.json").exists():
-        peft = optional_package("peft", f"{path} is an adapter")
-        with reading(path):
-            adapter = peft.PeftConfig.from_pretrained(path)
-            scores = adapter.task_type == "SEQ_CLS"
-            if scores != (kind != "CausalLM" and not new_head):
-                needed = "a causal language model" if scores else "a reward model"
-                found = f"an adapter ({adapter.task_type})"
-                raise UserError(f"{path}: {found} where {needed} is needed")
-            # A reward model's adapter brings its head along, on a base that has none.
-            base = adapter.base_model_name_or_path
-            lm = load_model(kind, base, device, dtype, new_head=kind != "CausalLM")
-            adapter.task_type = None  # or peft would look for what only a causal model has
-            lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
-            lm.config.architectures = [type(lm).__name__]
-            return lm.requires_grad_(True).train()  # peft leaves it frozen, and in eval()
-    labels = dict(num_labels=1) if new_head else {}
-    with reading(path):
+        lm = load_adapter(kind, path, device, dtype, new_head)
+    else:
+        labels = dict(num_labels=1) if new_head else {}
         # No code of a model's folder ever runs. Misfits are refused below, in one line.
         safe = dict(trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
-        auto_class = getattr(transformers, f"AutoModelFor{kind}")
-        lm, found = auto_class.from_pretrained(path, dtype=dtype, **safe, **labels)
-    refuse_misfits(kind, path, lm, found, new_head)
+        with reading(path):
+            auto_class = getattr(transformers, f"AutoModelFor{kind}")
+            lm, found = auto_class.from_pretrained(path, dtype=dtype, **safe, **labels)
+        refuse_misfits(kind, path, lm, found, new_head)
+    broken = [name for name, p in lm.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} weights not finite, such as {broken[0]}")
     # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a
     # word, and with dropout on, the ratio of the first step would not be 1.
     for module in lm.modules():
@@ -350,6 +341,25 @@ def load_model(kind, path, device, dtype, new_head=False):
             if isinstance(value, float) and (dropout or "drop" in name):
                 setattr(module, name, 0.0)
     return lm.to(device).train()
+
+def load_adapter(kind, path, device, dtype, new_head):
+    """The base model of a LoRA adapter that PEFT saved, with the adapter merged into it."""
+    peft = optional_package("peft", f"{path} is an adapter")
+    with reading(path), warnings.catch_warnings():
+        adapter = peft.PeftConfig.from_pretrained(path)
+        scores = adapter.task_type == "SEQ_CLS"
+        if scores != (kind != "CausalLM" and not new_head):
+            needed = "a causal language model" if scores else "a reward model"
+            found = f"an adapter ({adapter.task_type})"
+            raise UserError(f"{path}: {found} where {needed} is needed")
+        # A reward model's adapter brings its head along, on a base that has none.
+        base = adapter.base_model_name_or_path
+        lm = load_model(kind, base, device, dtype, new_head=kind != "CausalLM")
+        adapter.task_type = None  # or peft would look for what only a causal model has
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
+    lm.config.architectures = [type(lm).__name__]
+    return lm.requires_grad_(True)  # peft leaves it frozen
 
 def refuse_misfits(kind, path, lm, found, new_head):
     """What is of another kind, and what transformers would fill with random numbers or leave out
@@ -371,7 +381,6 @@ def refuse_misfits(kind, path, lm, found, new_head):
         "of another shape": [name for name, *_ in found["mismatched_keys"]],
         # A spare LM head is fine, a layer that the model lacks is not.
         "of a layer too many": [name for n, name in spare if n and int(n[0]) >= layers],
-        "not finite": [name for name, p in lm.named_parameters() if not p.isfinite().all()],
     }
     for problem, names in problems.items():
         if names:

@@ -2,13 +2,14 @@
 
     python tests/bench_ppo.py                                      # all that the targets speak of
     python tests/bench_ppo.py --only demo                          # on a CPU
-    python tests/bench_ppo.py --peer ../shared/bench/peer_trl_ppo.py        # TRL 1.12 beside it
+    python tests/bench_ppo.py --peer SCRIPT                        # another trainer beside it
 
 Random weights; every answer runs to the limit. A configuration is
 policy:value:episodes:prompt+new:epochs, and with LoRA :rank. Medians over the steps after the
 second, in which layers compile and graphs are captured. The two floors of a step: its decode
 steps' bytes over the bandwidth of a large copy, and its forwards' and backwards' operations over
-the rate of a large matrix product.
+the rate of a large matrix product. SCRIPT takes --arch, --batch, --prompt, --new and --epochs, and
+prints JSON.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def main():
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--micro_tokens", type=int, default=0)
     parser.add_argument("--compile", default="auto")
-    parser.add_argument("--peer", type=Path, help="peer_trl_ppo.py, where trl 1.12 is installed")
+    parser.add_argument("--peer", type=Path, help="a script, see above")
     args = parser.parse_args()
     device = common.choose_device("auto")
     more = dict(gradient_checkpointing=args.gradient_checkpointing, compile=args.compile)
@@ -148,7 +149,7 @@ def main():
         arch = {"135m": "smollm2-135m", "0.5b": "qwen2.5-0.5b", "1.5b": "qwen2.5-1.5b"}.get(policy)
         command = [sys.executable, str(args.peer), "--arch", arch, "--batch", episodes]
         command += ["--prompt", prompt, "--new", new, "--epochs", epochs]
-        done = arch and subprocess.run(command, capture_output=True, text=True)
+        done = arch and subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done and done.returncode == 0:
             row["peer"] = json.loads(done.stdout.strip().splitlines()[-1])
     print_row(**row)

@@ -28,14 +28,11 @@ SENTENCES = [
     "你好。今天天气怎么样？",
 ]
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; left out by -m 'not slow'")
 
-
 def make_tokenizer(vocab_size=320):
     return sft.new_tokenizer(SENTENCES * 4, vocab_size)
-
 
 def make_llama(vocab_size, seed=0, **settings):
     sizes = dict(
@@ -47,18 +44,15 @@ def make_llama(vocab_size, seed=0, **settings):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**(sizes | settings)))
 
-
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A function: tiny_tokenizer(vocab_size=320) -> a new BPE with <pad> 0, <bos> 1, <eos> 2."""
     return make_tokenizer
 
-
 @pytest.fixture(scope="session")
 def tiny_llama():
     """A function: tiny_llama(vocab_size, seed=0, **config) -> a new 2-layer Llama."""
     return make_llama
-
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
@@ -68,7 +62,6 @@ def tiny_folder(tmp_path_factory):
     make_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
 
 # data for the scripts, and what they write
 
@@ -88,14 +81,11 @@ def constant(prompts, responses):
     return [1 for r in responses]
 """
 
-
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-
 def chat(role, content):
     return [dict(role=role, content=content)]
-
 
 def write_data(folder):
     """A small file of each kind; `turns` holds chat messages."""
@@ -114,12 +104,10 @@ def write_data(folder):
     (folder / "rule.py").write_text(RULES)
     return folder
 
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """The folder of `write_data`; read it only."""
     return write_data(tmp_path_factory.mktemp("data"))
-
 
 def sft_config(files, folder, out, **flags):
     settings = dict(
@@ -128,9 +116,7 @@ def sft_config(files, folder, out, **flags):
     )  # fmt: skip
     return sft.Config(**(settings | flags))
 
-
 STAGES = dict(sft=sft, reward=reward, ppo=ppo, rejection_sample=rejection_sample)
-
 
 def reward_config(files, folder, out, **flags):
     settings = dict(
@@ -138,7 +124,6 @@ def reward_config(files, folder, out, **flags):
         batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
     )  # fmt: skip
     return reward.Config(**(settings | flags))
-
 
 def ppo_config(files, folder, out, **flags):
     settings = dict(
@@ -149,7 +134,6 @@ def ppo_config(files, folder, out, **flags):
     )  # fmt: skip
     return ppo.Config(**(settings | flags))
 
-
 def rejection_sample_config(files, folder, out, **flags):
     settings = dict(
         policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
@@ -159,11 +143,9 @@ def rejection_sample_config(files, folder, out, **flags):
     )  # fmt: skip
     return rejection_sample.Config(**(settings | flags))
 
-
 CONFIGS = dict(
     sft=sft_config, reward=reward_config, ppo=ppo_config, rejection_sample=rejection_sample_config
 )
-
 
 def flags_of(cfg):
     """A Config as the flags that make it."""
@@ -175,20 +157,17 @@ def flags_of(cfg):
             flags += [f"--{name}", str(value)]
     return flags
 
-
 @pytest.fixture(scope="session")
 def sft_folder(tmp_path_factory, data, tiny_folder):
     out = tmp_path_factory.mktemp("stages") / "sft"
     sft.main(sft_config(data, tiny_folder, out))
     return out
 
-
 @pytest.fixture(scope="session")
 def reward_folder(tmp_path_factory, data, sft_folder):
     out = tmp_path_factory.mktemp("stages") / "reward"
     reward.main(reward_config(data, sft_folder, out, steps=10))
     return out
-
 
 def strict(text):
     """JSON as other languages read it: no NaN, no Infinity."""
@@ -198,25 +177,20 @@ def strict(text):
 
     return json.loads(text, parse_constant=refuse)
 
-
 def rows_of(out, name="metrics"):
     text = (Path(out) / f"{name}.jsonl").read_text(encoding="utf-8")
     return [strict(line) for line in text.split("\n") if line]  # text may hold U+2028
 
-
 def eval_of(out):
     return strict((Path(out) / "eval.json").read_text(encoding="utf-8"))
 
-
 def letters(text):
     return sum(c.isascii() and c.isalpha() for c in text)
-
 
 def weights_of(out):
     from safetensors.torch import load_file
 
     return load_file(Path(out) / "model.safetensors")
-
 
 def fork():
     """os.fork with a lock for tqdm that is the child's own: processes share the usual one, and a

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 import common
 import reward
 
-
 @pytest.mark.parametrize("family", ["llama", *CONFIGS])
 def test_sound_models_pass(family, tmp_path, capsys):
     tokenizer = make_tokenizer()
@@ -24,18 +23,15 @@ def test_sound_models_pass(family, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("  ok  ") == 13 and "FAIL" not in out and "slowly" not in out
 
-
 def test_a_sound_reward_model_passes(tmp_path, data, tiny_folder, capsys):
     reward.main(reward_config(data, tiny_folder, tmp_path / "reward"))
     assert check.main(["--reward", str(tmp_path / "reward")]) == 0
     assert capsys.readouterr().out.count("  ok  ") == 3
 
-
 def left(rows):
     """Padding on the left, unnoticed by the mask."""
     longest = max(map(len, rows))
     return torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-
 
 def late(sampler, kv, logits=common.Sampler.logits):
     """The sampler's cache is off by one."""
@@ -44,14 +40,11 @@ def late(sampler, kv, logits=common.Sampler.logits):
     sampler.length += 1
     return found
 
-
 def without_eos(*args, encode=common.encode):
     return {key: values[:-1] for key, values in encode(*args).items()}
 
-
 def head_with_dropout(policy, hidden):
     return policy.lm.get_output_embeddings()(torch.nn.functional.dropout(hidden, 0.1))
-
 
 FAULTS = [
     (common, "pad_right", left, ["padding: "]),
@@ -59,7 +52,6 @@ FAULTS = [
     (common, "encode", without_eos, ["no stop token"]),
     (common.Policy, "head", head_with_dropout, ["ratio", "KL"]),
 ]
-
 
 @pytest.mark.parametrize("place, name, broken, expected", FAULTS, ids=[f[1] for f in FAULTS])
 def test_a_fault_is_noticed(place, name, broken, expected, tiny_folder, monkeypatch, capsys):
@@ -71,7 +63,6 @@ def test_a_fault_is_noticed(place, name, broken, expected, tiny_folder, monkeypa
     assert check.main(["--policy", str(tiny_folder)]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
     assert all(word in " ".join(failed) for word in expected)
-
 
 def test_what_is_no_model_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="check.py: .*no"):

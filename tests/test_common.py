@@ -25,14 +25,11 @@ from common import UserError
 CPU = torch.device("cpu")
 EOS = 2
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
-
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed))
-
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,7 +39,6 @@ def test_token_logprobs_equals_float64_log_softmax(temperature, dtype):
     exact = torch.tensor([[exact[b, t, tokens[b, t]] for t in range(5)] for b in range(3)]).float()
     found = common.token_logprobs(logits, tokens, temperature)
     assert found.dtype == torch.float32 and torch.allclose(found, exact, atol=2e-5)
-
 
 def test_masked_statistics_are_those_of_the_kept_entries():
     x, mask = randn(4, 6) * 3 + 5, (torch.arange(6) < torch.tensor([[6], [1], [3], [0]])).float()
@@ -58,7 +54,6 @@ def test_masked_statistics_are_those_of_the_kept_entries():
     garbage = torch.where(mask.bool(), x, 1e3 * randn(4, 6, seed=1))
     assert torch.equal(white, common.whiten(garbage, mask))
 
-
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (0.99, 0.0), (1.0, 1.0)])
 def test_gae_equals_the_sum_of_discounted_deltas(gamma, lam):
     """A_t = sum_k (gamma lam)^(k-t) delta_k, in float64 with no recursion."""
@@ -73,7 +68,6 @@ def test_gae_equals_the_sum_of_discounted_deltas(gamma, lam):
         assert torch.equal(returns[b, :T], advantages[b, :T] + values[b, :T])
         assert not advantages[b, T:].any() and not returns[b, T:].any()
 
-
 EXAMPLES = [
     common.join([5, 6], [7, EOS]),
     common.join([8], [9, 10, 11, 12, 13]),
@@ -81,7 +75,6 @@ EXAMPLES = [
     common.join([21, 22, 23], [EOS]),
     dict(ids=[24, 25, 26, EOS, 27, 28, EOS], mask=[0, 1, 1, 1, 0, 1, 1]),  # two turns
 ]
-
 
 def test_collate_and_take_of_ragged_rows():
     batch = {key: x.tolist() for key, x in common.collate([common.join([5, 6], [7, 2])]).items()}
@@ -96,7 +89,6 @@ def test_collate_and_take_of_ragged_rows():
     with pytest.raises(AssertionError, match="first token"):
         common.collate([common.join([], [5, 6])])
 
-
 @pytest.mark.parametrize("budget", [1, 20, 64, 10_000])
 def test_micro_batches_keep_the_budget_and_every_row(budget):
     assert common.micro_batches([0, 1, 2], [3, 9, 4], 8) == [[0, 2], [1]]  # the docstring's
@@ -108,7 +100,6 @@ def test_micro_batches_keep_the_budget_and_every_row(budget):
             assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget
         for part, following in zip(parts, parts[1:]):  # no part could have taken one more
             assert (len(part) + 1) * lengths[following[0]] > budget
-
 
 # The forwards of Policy and Scorer
 
@@ -142,7 +133,6 @@ UNUSUAL = {
 FAMILIES = ["llama", *CONFIGS]
 every_model = pytest.mark.parametrize("family", [*FAMILIES, *UNUSUAL])
 
-
 @cache
 def cached_model(family):
     torch.manual_seed(0)
@@ -150,10 +140,8 @@ def cached_model(family):
         return make_llama(60, initializer_range=0.3)
     return hf.AutoModelForCausalLM.from_config((CONFIGS | UNUSUAL)[family]())
 
-
 def policy_of(family):
     return common.Policy(copy.deepcopy(cached_model(family)))
-
 
 def full_softmax(lm, example, temperature=1.0):
     """In float64, of one unpadded example: log softmax at its n trained tokens (n, V), and (n,)."""
@@ -162,17 +150,14 @@ def full_softmax(lm, example, temperature=1.0):
     log_p = logits.log_softmax(-1)[[t - 1 for t in at]]
     return log_p, log_p.gather(1, torch.tensor(example["ids"])[at, None])[:, 0]
 
-
 def gradients(lm, loss):
     lm.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in lm.named_parameters()}
 
-
 def assert_close(ours, exact, atol):
     for name, x in exact.items():
         assert (ours[name] - x).abs().max() <= atol * max(1.0, x.abs().max()), name
-
 
 @every_model
 def test_log_probs_entropy_and_gradients_equal_the_full_softmax(family):
@@ -192,12 +177,10 @@ def test_log_probs_entropy_and_gradients_equal_the_full_softmax(family):
     ours = gradients(policy.lm, policy(batch)[0].sum())
     assert_close(ours, gradients(lm, sum(full_softmax(lm, e)[1].sum() for e in EXAMPLES)), 1e-4)
 
-
 def long_examples():
     """1,635 trained tokens: more than one chunk of the LM head."""
     tokens = torch.randint(3, 60, (30, 80), generator=seeded()).tolist()
     return [common.join(row[:5], row[5 : 45 + i]) for i, row in enumerate(tokens)]
-
 
 def test_more_than_1024_tokens_are_checkpointed_and_nothing_changes(monkeypatch):
     policy, calls, real = policy_of("llama"), [], common.checkpoint
@@ -211,12 +194,10 @@ def test_more_than_1024_tokens_are_checkpointed_and_nothing_changes(monkeypatch)
     ours = gradients(policy.lm, (logprobs * weights).sum())
     assert_close(ours, gradients(lm, (exact * weights).sum()), 1e-4)
 
-
 def test_large_logits_do_not_look_like_a_disagreement(capsys):
     lm = make_llama(60)
     lm.lm_head.weight.data *= 1e4
     assert common.Policy(lm).usual and capsys.readouterr().out == ""
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_forwards_do_not_read_position_ids_back(family, tmp_path, monkeypatch):
@@ -234,7 +215,6 @@ def test_training_forwards_do_not_read_position_ids_back(family, tmp_path, monke
     common.save_model(policy, tmp_path / "again")
     assert "slots" not in (tmp_path / "again/config.json").read_text()
 
-
 def test_gradient_checkpointing_runs_the_layers_twice_and_changes_nothing(tiny_folder):
     found = {}
     for on in (False, True):
@@ -246,7 +226,6 @@ def test_gradient_checkpointing_runs_the_layers_twice_and_changes_nothing(tiny_f
         assert len(calls) == (4 if on else 2)
     assert_close(found[True], found[False], 1e-6)
 
-
 def make_reward(folder, pad_token_id=0, vocab_size=60, **settings):
     config = make_llama(vocab_size).config
     config.update(dict(num_labels=1, pad_token_id=pad_token_id) | settings)
@@ -254,10 +233,8 @@ def make_reward(folder, pad_token_id=0, vocab_size=60, **settings):
     hf.LlamaForSequenceClassification(config).save_pretrained(folder)
     return folder
 
-
 def score_by_hand(lm, ids):
     return (lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1] @ lm.score.weight[0]).item()
-
 
 @pytest.mark.parametrize("pad_token_id", [0, EOS, None])
 def test_scores_are_read_at_each_token_and_at_the_last(tmp_path, pad_token_id):
@@ -274,11 +251,9 @@ def test_scores_are_read_at_each_token_and_at_the_last(tmp_path, pad_token_id):
         pooled = plain(batch["ids"], attention_mask=(batch["ids"] != 0).long()).logits[:, 0]
         assert torch.allclose(last, pooled - 0.75, atol=1e-5)
 
-
 # Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9], [11], [12, 13, 14], [15, 3, 4, 18, 19, 20, 21, 22], [30, 31], [40, 7]]
-
 
 @every_model
 def test_greedy_equals_model_generate(family, capsys):
@@ -295,7 +270,6 @@ def test_greedy_equals_model_generate(family, capsys):
     expected = plain_greedy(lm, PROMPTS, 12, eos[:1])
     assert common.generate(lm, PROMPTS, 12, eos[0], temperature=0) == expected
 
-
 def test_a_window_counts_only_where_sequences_are_longer():
     lm = copy.deepcopy(cached_model("mistral"))
     lm.config.sliding_window = 14
@@ -304,7 +278,6 @@ def test_a_window_counts_only_where_sequences_are_longer():
         assert common.Policy(copy.deepcopy(lm), longest).usual == usual
         expected = plain_greedy(lm, PROMPTS, new, [EOS])
         assert common.generate(lm, PROMPTS, new, EOS, temperature=0) == expected
-
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0])
 @every_model
@@ -319,7 +292,6 @@ def test_log_probs_at_sampling_are_those_of_the_training_forward(family, tempera
     assert [len(p) for p in logprobs] == [len(r) for r in responses]
     assert torch.allclose(torch.tensor(sum(logprobs, [])), expected[batch["mask"] == 1], atol=2e-4)
 
-
 def assert_drawn_from(counts, probabilities):
     """Pearson's chi-square is within 5 standard deviations of its mean."""
     expected = probabilities * counts.sum()
@@ -327,7 +299,6 @@ def assert_drawn_from(counts, probabilities):
     statistic = ((counts - expected) ** 2 / expected)[enough].sum()
     freedom = enough.sum() - 1
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 5
-
 
 @contextmanager
 def graphs(sampler):
@@ -351,7 +322,6 @@ def graphs(sampler):
         sampler.use_graphs = True
         yield
 
-
 @pytest.mark.parametrize("way", [nullcontext, graphs])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_pairs_of_tokens_match_the_models_joint_distribution(temperature, way):
@@ -365,7 +335,6 @@ def test_pairs_of_tokens_match_the_models_joint_distribution(temperature, way):
     assert_drawn_from(counts, log_p.exp())
     with pytest.raises(AssertionError):  # the check itself can tell a wrong temperature
         assert_drawn_from(counts, (log_p * 1.2).softmax(0))
-
 
 def test_a_graph_serves_a_range_of_lengths_and_new_weights_in_place():
     long = [[5 + i % 40 for i in range(n)] for n in (3, 110, 60)]
@@ -383,14 +352,12 @@ def test_a_graph_serves_a_range_of_lengths_and_new_weights_in_place():
     sampler.close()
     assert not sampler.graphs and not any(hasattr(layer, "slot_keys") for layer in layers)
 
-
 def test_a_step_that_is_no_graph_is_told_once_and_runs(monkeypatch, capsys):
     sampler = common.Sampler(policy_of("llama"), [EOS], 8, 16, 0, slots=2)
     sampler.use_graphs = True
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock(side_effect=RuntimeError("not permitted")))
     assert sampler(PROMPTS)[0] == plain_greedy(cached_model("llama"), PROMPTS, 8, [EOS])
     assert capsys.readouterr().out.count("no CUDA graph") == 1
-
 
 def test_sampled_responses_keep_their_eos_and_end_there():
     prompts, lm = [[3 + i % 5, 4] for i in range(40)], make_llama(12, initializer_range=0.05)
@@ -399,14 +366,12 @@ def test_sampled_responses_keep_their_eos_and_end_there():
     assert {r[-1] for r in responses if len(r) < 9} == {2, 7}
     assert not any(set(r[:-1]) & {2, 7} for r in responses)
 
-
 def traces(lm):
     """What a generation could leave behind."""
     modes = [module.training for module in lm.modules()]
     left = [x for module in lm.modules() for x in vars(module).values() if torch.is_tensor(x)]
     state = torch.get_rng_state().numpy().tobytes()
     return modes, len(left), lm.config._attn_implementation, lm.generation_config.top_k, hash(state)
-
 
 @pytest.mark.parametrize("crash", [False, True])
 @pytest.mark.parametrize("training", [True, False])
@@ -423,18 +388,15 @@ def test_generate_leaves_everything_as_it_was(family, training, crash, monkeypat
     assert traces(lm) == before and lm.state_dict().keys() == weights.keys()
     assert all(torch.equal(x, weights[name]) for name, x in lm.state_dict().items())
 
-
 def test_an_empty_prompt_raises_and_no_prompt_gives_no_response():
     with pytest.raises(ValueError, match="empty prompt"):
         common.generate(cached_model("llama"), [[3], []], 4, EOS)
     assert common.generate(cached_model("llama"), [], 4, EOS) == []
 
-
 def test_out_of_memory_is_not_taken_for_an_unusual_model(monkeypatch):
     monkeypatch.setattr(common.Sampler, "prefill", Mock(side_effect=torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
         policy_of("llama")
-
 
 @pytest.mark.slow  # a minute of compilation
 def test_compiled_it_gives_the_same_without_compiling_for_every_length():
@@ -454,9 +416,7 @@ def test_compiled_it_gives_the_same_without_compiling_for_every_length():
     assert found["on"][0] == found["off"][0]
     assert_close(found["on"][1], found["off"][1], 1e-4)
 
-
 # Loading, and small things
-
 
 @pytest.mark.parametrize("settings", [
     hf.GPT2Config(**SIZES, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
@@ -476,7 +436,6 @@ def test_dropout_is_zeroed_and_the_model_trains(tmp_path, settings):
     assert torch.allclose(loaded.lm(ids).logits, fresh.eval()(ids).logits, atol=1e-5)
     assert not encoder or not loaded.reads_tokens
 
-
 def edit(folder, config={}, weights=lambda w: w):
     """Change what is saved in a model's folder."""
     written = json.loads((folder / "config.json").read_text())
@@ -485,10 +444,8 @@ def edit(folder, config={}, weights=lambda w: w):
     save_file(weights(load_file(file)), file, metadata=dict(format="pt"))
     return folder
 
-
 def renamed(old, new):
     return lambda weights: {name.replace(old, new): x for name, x in weights.items()}
-
 
 @pytest.mark.parametrize("family, change, says", [
     ("llama", dict(config=dict(num_hidden_layers=3)), "9 weights missing, such as model.layers.2."),
@@ -509,7 +466,6 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, family, chang
         assert str(error.value).startswith(f"{tmp_path}: ") and says in str(error.value)
         assert "\n" not in str(error.value)
 
-
 def test_models_of_another_kind_are_refused_in_one_line(tmp_path, tiny_folder):
     reward, three = make_reward(tmp_path / "one"), make_reward(tmp_path / "three", num_labels=3)
     headless = edit(make_reward(tmp_path / "headless"), weights=renamed("score.", "lm_head."))
@@ -525,7 +481,6 @@ def test_models_of_another_kind_are_refused_in_one_line(tmp_path, tiny_folder):
             load(path, CPU)
         assert "\n" not in str(error.value)
 
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_tied_and_untied_models_are_the_base_of_a_reward_model(tmp_path, family, tied):
@@ -538,7 +493,6 @@ def test_tied_and_untied_models_are_the_base_of_a_reward_model(tmp_path, family,
     torch.nn.init.normal_(scorer.lm.score.weight)
     exact = base.base_model(batch["ids"]).last_hidden_state @ scorer.lm.score.weight[0]
     assert torch.allclose(scorer(batch), exact, atol=1e-4)
-
 
 def test_no_code_of_a_folder_runs_and_nobody_is_asked(tmp_path, tiny_folder, monkeypatch):
     known, unknown = tmp_path / "known", tmp_path / "unknown"
@@ -556,7 +510,6 @@ def test_no_code_of_a_folder_runs_and_nobody_is_asked(tmp_path, tiny_folder, mon
             load(unknown, *[CPU][: load is not common.load_tokenizer])
     assert sys.stdin.tell() == 0 and not list(tmp_path.rglob("*.ran"))
 
-
 def test_a_tokenizer_fits_its_model(tmp_path, tiny_folder):
     tokenizer, lm = make_tokenizer(), make_llama(320)
     assert common.load_tokenizer(tiny_folder, lm).get_vocab() == tokenizer.get_vocab()
@@ -570,7 +523,6 @@ def test_a_tokenizer_fits_its_model(tmp_path, tiny_folder):
     with pytest.raises(UserError, match="no EOS token"):
         common.load_tokenizer(tmp_path, lm)
 
-
 def test_a_bfloat16_copy_keeps_its_rotary_frequencies(tiny_folder):
     exact = dict(common.load_policy(tiny_folder, CPU).lm.named_buffers())
     loaded, cast = common.load_policy(tiny_folder, CPU, torch.bfloat16).lm, make_llama(320)
@@ -580,13 +532,11 @@ def test_a_bfloat16_copy_keeps_its_rotary_frequencies(tiny_folder):
         for name, buffer in lm.named_buffers():
             assert torch.equal(exact[name], buffer) and exact[name].dtype == buffer.dtype
 
-
 def test_the_context_ends_where_rotary_scaling_sets_in():
     rope = dict(rope_type="dynamic", factor=4.0, original_max_position_embeddings=16)
     lm = make_llama(60, rope_parameters=rope)
     assert common.context_length(lm) == 16  # beyond it the angles depend on the whole batch
     assert common.context_length(make_llama(60)) == 256
-
 
 def test_a_reward_model_with_the_policys_tokenizer_reads_its_ids(tmp_path, tiny_tokenizer):
     tiny_tokenizer().save_pretrained(make_reward(tmp_path, vocab_size=320))
@@ -595,7 +545,6 @@ def test_a_reward_model_with_the_policys_tokenizer_reads_its_ids(tmp_path, tiny_
     prompts, responses = [[1, 9], [1, 7, 8, 9], [1]], [[300, 8, 7], [5], [301, EOS]]  # no text's
     exact = [score_by_hand(reward.lm, p + r) for p, r in zip(prompts, responses)]
     assert score(["", "", ""], prompts, responses).tolist() == pytest.approx(exact, abs=1e-4)
-
 
 def test_set_lr_warms_up_and_decays():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=9.0)
@@ -606,7 +555,6 @@ def test_set_lr_warms_up_and_decays():
         cfg = sft.Config(warmup=warmup, lr_schedule=schedule)
         rates = [common.set_lr(optimizer, 2.0, step, 10, cfg) for step in range(1, 11)]
         assert rates == pytest.approx(expected) and optimizer.param_groups[0]["lr"] == rates[-1]
-
 
 @pytest.mark.parametrize("n, size", [(10, 3), (10, 10), (4, 7), (1, 3)])
 def test_epoch_batches_cover_each_row_once_an_epoch(n, size):

@@ -16,14 +16,11 @@ DEVICE = torch.device("cuda")
 PROMPTS = [[5, 6, 7, 8, 9], [11], [12, 13, 14], [15, 3, 4, 18, 19, 20, 21, 22], [30, 31], [40, 7]]
 EOS, NEW, LONGEST = 2, 12, 20
 
-
 def cuda_policy(seed=0):
     return common.Policy(make_llama(60, seed, initializer_range=0.3).to(DEVICE), LONGEST)
 
-
 def greedy_on_cpu(policy):
     return plain_greedy(copy.deepcopy(policy.lm).cpu(), PROMPTS, NEW, [EOS])
-
 
 def test_graphs_are_captured_and_see_new_weights(capsys):
     policy, other = cuda_policy(), cuda_policy(5)
@@ -36,7 +33,6 @@ def test_graphs_are_captured_and_see_new_weights(capsys):
     assert sampler.use_graphs and sampler.graphs and "CUDA graph" not in capsys.readouterr().out
     sampler.close()
     assert common.generate(policy.lm, PROMPTS, NEW, EOS, temperature=0, slots=2) == second
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sampled_log_probs_are_those_of_the_training_forward(dtype):
@@ -52,7 +48,6 @@ def test_sampled_log_probs_are_those_of_the_training_forward(dtype):
     assert gaps.abs().mean() < 0.05
     assert len({tuple(r) for r in responses}) > 100  # the noise changes with every replay
 
-
 def test_compiled_layers_generate_the_same_and_never_run_eagerly():
     policy = common.prepare(cuda_policy(), ppo.Config(compile="on"))
     sampler = common.Sampler(policy, [EOS], NEW, LONGEST, temperature=0, slots=4)
@@ -61,7 +56,6 @@ def test_compiled_layers_generate_the_same_and_never_run_eagerly():
     with torch._dynamo.config.patch(strict):
         assert sampler(PROMPTS)[0] == greedy_on_cpu(policy)
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
-
 
 @pytest.mark.parametrize("mode", [dict(compile="off"), dict(compile="on"), dict(lora_rank=8)])
 def test_ppo_starts_at_ratio_one_and_learns(tmp_path, data, tiny_folder, mode):

@@ -17,7 +17,6 @@ user, assistant = partial(chat, "user"), partial(chat, "assistant")
 DIALOGUE = user("a") + assistant("b") + user("c") + assistant("d")
 HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 
-
 def test_read_jsonl_reads_plain_and_gzip_and_remembers_the_line(tmp_path):
     text = '\ufeff{"prompt": "a"}\n\n{"prompt": "你好"}\r\n'
     (tmp_path / "x.jsonl").write_bytes(text.encode())
@@ -26,7 +25,6 @@ def test_read_jsonl_reads_plain_and_gzip_and_remembers_the_line(tmp_path):
         first, second = common.read_jsonl(path)
         assert first == dict(prompt="a", where=f"{path}:1")
         assert second == dict(prompt="你好", where=f"{path}:3")
-
 
 @pytest.mark.parametrize("name, content, says", [
     ("x.jsonl", b'{"a": 1}\n{"a": \n', "x.jsonl:2: "),
@@ -44,7 +42,6 @@ def test_a_bad_file_or_line_is_named_in_one_line(tmp_path, name, content, says):
         common.read_jsonl(tmp_path / name.replace("other", "x"))
     assert str(error.value).startswith(f"{tmp_path}/{says}") and "\n" not in str(error.value)
 
-
 def test_read_split_holds_out_the_last_twentieth(tmp_path, capsys):
     path, other = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     write(path, [dict(prompt=str(i)) for i in range(60)])
@@ -57,7 +54,6 @@ def test_read_split_holds_out_the_last_twentieth(tmp_path, capsys):
     with pytest.raises(UserError, match="--eval_data"):
         common.read_split(other, "", "eval_sft.jsonl")
 
-
 def test_the_embedded_world_is_known_by_its_own_files(tmp_path, monkeypatch):
     train, held_out = common.read_split(EMBEDDED / "sft.jsonl", "", "eval_sft.jsonl")
     assert held_out == common.read_jsonl(EMBEDDED / "eval_sft.jsonl") and len(train) > 200
@@ -65,7 +61,6 @@ def test_the_embedded_world_is_known_by_its_own_files(tmp_path, monkeypatch):
     assert common.is_embedded("prompts.jsonl") and common.is_embedded("../data/pairs.jsonl")
     assert not common.is_embedded("mine.jsonl") and not common.is_embedded("hhh.py")
     assert not common.is_embedded(shutil.copy(EMBEDDED / "sft.jsonl", tmp_path))
-
 
 @pytest.mark.parametrize("row, expected", [
     (dict(prompt="p"), ("p", [])),
@@ -83,7 +78,6 @@ def test_the_embedded_world_is_known_by_its_own_files(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_prompt_and_responses_of_every_form(row, expected):
     assert common.prompt_and_responses(dict(row, where="f:7")) == expected
-
 
 @pytest.mark.parametrize("row, says", [
     (dict(other="a"), "other"),
@@ -107,7 +101,6 @@ def test_a_line_of_no_form_is_named_in_one_line(row, says):
     with pytest.raises(UserError, match=f"^f:7: .*{says}"):
         common.prompt_and_responses(dict(row, where="f:7"))
 
-
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -117,7 +110,6 @@ THINKING = CHATML.replace("m.content", "m.content if loop.last else m.content.sp
 ENDLESS = CHATML.replace("<|im_end|>", "")
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
-
 @cache
 def chat_tokenizer(template=CHATML):
     tokenizer = make_tokenizer()
@@ -125,14 +117,12 @@ def chat_tokenizer(template=CHATML):
     tokenizer.chat_template = template
     return tokenizer
 
-
 def parts(tokenizer, example):
     """The text of the prompt and that of the response, which has to be one run to the end."""
     ids, mask = example["ids"], example["mask"]
     n = mask.index(1)
     assert mask == [0] * n + [1] * (len(ids) - n)
     return tokenizer.decode(ids[:n]), tokenizer.decode(ids[n:])
-
 
 def test_text_is_encoded_in_two_parts_with_bos_and_eos(tiny_tokenizer):
     tokenizer = tiny_tokenizer()
@@ -146,7 +136,6 @@ def test_text_is_encoded_in_two_parts_with_bos_and_eos(tiny_tokenizer):
     assert tokenizer("the sea")["input_ids"] == [1, *prompt, 2]
     assert common.encode(tokenizer, "the sea", " a boat") == example
 
-
 def test_messages_are_the_templates_rendering_in_two_parts():
     tokenizer, prompt = chat_tokenizer(), chat("system", "be nice") + DIALOGUE[:3]
     rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -156,7 +145,6 @@ def test_messages_are_the_templates_rendering_in_two_parts():
         assert parts(tokenizer, example) == (rendered, "Paris. 你好<|im_end|>")
     endless = chat_tokenizer(ENDLESS)  # no token ends the turn: EOS
     assert parts(endless, common.encode(endless, user("a"), "b"))[1] == "b\n<eos>"
-
 
 def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_renders_it():
     tokenizer = chat_tokenizer(THINKING)
@@ -171,7 +159,6 @@ def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_rend
         (ask("a"), "b<|im_end|>"),
     ]
 
-
 def test_demonstrations_of_every_other_form(tiny_tokenizer):
     tokenizer, row = tiny_tokenizer(), dict(prompt="the sea", where="f:1")
     rows = [row | dict(completion="a boat"), row | dict(chosen="a boat", rejected="b")]
@@ -179,7 +166,6 @@ def test_demonstrations_of_every_other_form(tiny_tokenizer):
     assert common.load_demonstrations(rows, tokenizer, 99) == expected
     with pytest.raises(UserError, match="f:1: no completion and no assistant message"):
         common.load_demonstrations([row], tokenizer, 99)
-
 
 @pytest.mark.parametrize("template, prompt, response, says", [
     (None, user("a"), "b", "no chat template"),
@@ -196,7 +182,6 @@ def test_what_cannot_be_encoded_is_named_in_one_line(template, prompt, response,
     with pytest.raises(UserError, match=f"^f:3: .*{says}") as error:
         common.encode(chat_tokenizer(template), prompt, response, "f:3")
     assert "\n" not in str(error.value)
-
 
 def test_prompts_keep_their_kind_and_leave_room_for_an_answer(tiny_tokenizer, capsys):
     tokenizer, policy = tiny_tokenizer(), SimpleNamespace(lm=make_llama(320))  # context: 256 tokens
@@ -219,7 +204,6 @@ def test_prompts_keep_their_kind_and_leave_room_for_an_answer(tiny_tokenizer, ca
         load(max_prompt_tokens=1)
     with pytest.raises(UserError, match="--max_new_tokens 256"):
         load(max_new_tokens=256)
-
 
 def test_stop_ids_are_the_models_the_tokenizers_and_the_templates():
     lm = make_llama(400)

@@ -21,7 +21,6 @@ import common
 
 MODES = pytest.mark.parametrize("lora", [{}, dict(lora_rank=4)], ids=["full", "lora"])
 
-
 def start(world, main):
     """`main()` in `world` processes; their process ids."""
     with socket.socket() as s:
@@ -47,18 +46,14 @@ def start(world, main):
             os._exit(code)
     return children
 
-
 def codes(children):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
 
 def main_of(cfg):
     return partial(sys.modules[type(cfg).__module__].main, cfg)
 
-
 def run_in(world, cfg):
     return codes(start(world, main_of(cfg)))
-
 
 @pytest.fixture
 def greedy(monkeypatch):
@@ -70,7 +65,6 @@ def greedy(monkeypatch):
         self.temperature = 0
 
     monkeypatch.setattr(common.Sampler, "__init__", certain)
-
 
 @pytest.fixture
 def case(data, sft_folder, reward_folder):
@@ -89,13 +83,11 @@ def case(data, sft_folder, reward_folder):
 
     return make
 
-
 def check_weights(one, many, tolerance=1e-5):
     a, b = weights_of(one.out), weights_of(many.out)
     assert set(a) == set(b)
     for key in a:
         assert (a[key] - b[key]).abs().max() <= tolerance, key
-
 
 @MODES
 @pytest.mark.parametrize("name", STAGES)
@@ -115,7 +107,6 @@ def test_many_processes_end_as_one(tmp_path, case, greedy, name, lora, world):
     for key, value in eval_of(one.out).items():
         assert eval_of(many.out)[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
-
 def test_rejection_sampling_gathers_everybodys_answers(tmp_path, case, greedy, data):
     flags = dict(pairs="", n=3, loss="none")
     one, many = (case("rejection_sample", tmp_path / out, **flags) for out in ("one", "many"))
@@ -123,7 +114,6 @@ def test_rejection_sampling_gathers_everybodys_answers(tmp_path, case, greedy, d
     assert run_in(2, many) == [0, 0]
     for name in ("candidates", "eval_candidates", "samples", "sft"):
         assert rows_of(one.out, name) == rows_of(many.out, name)
-
 
 def test_processes_draw_different_answers(tmp_path, case):
     """They share the seed, and must not share the noise."""
@@ -134,7 +124,6 @@ def test_processes_draw_different_answers(tmp_path, case):
     answers = [str(r) for row in rows_of(cfg.out, "candidates") for r in row["responses"]]
     assert len(set(answers)) == len(answers) == 32
 
-
 def test_more_processes_than_prompts(tmp_path, case):
     """One has no share: it must not call the reward function with nothing."""
     (tmp_path / "one.jsonl").write_text('{"prompt": "the sea"}\n')
@@ -144,12 +133,10 @@ def test_more_processes_than_prompts(tmp_path, case):
     flags |= dict(data=str(tmp_path / "one.jsonl"), pairs="", n=1, loss="none")
     assert run_in(2, case("rejection_sample", tmp_path / "rs", **flags)) == [0, 0]
 
-
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, case, capfd):
     assert run_in(2, case("sft", tmp_path / "out", batch_size=3)) == [1, 1]
     assert "UserError: --batch_size: 3 sequences a step for 2 proc" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
-
 
 @MODES
 def test_one_signal_stops_all_and_any_number_goes_on(tmp_path, case, greedy, lora, monkeypatch):
@@ -181,7 +168,6 @@ def test_one_signal_stops_all_and_any_number_goes_on(tmp_path, case, greedy, lor
     check_weights(two, fewer)
     check_weights(two, more)
 
-
 SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 NO_DROPOUT = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 KINDS = dict(
@@ -190,7 +176,6 @@ KINDS = dict(
     gpt2=(GPT2Config, NO_DROPOUT),
     capped=(Gemma2Config, dict(num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0)),
 )
-
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,7 +214,6 @@ def test_a_sharded_model_holds_parts_and_gives_the_same(tmp_path, case, kind, ch
 
     assert codes(start(2, compare)) == [0, 0]
 
-
 @MODES
 def test_every_model_is_in_parts_and_bfloat16_where_frozen(tmp_path, case, lora, monkeypatch):
     """As on a GPU: float32 for what is trained, bfloat16 for frozen models and the sampler's."""
@@ -251,7 +235,6 @@ def test_every_model_is_in_parts_and_bfloat16_where_frozen(tmp_path, case, lora,
     monkeypatch.setattr(common, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
     assert run_in(2, case("ppo", tmp_path / "out", steps=2, **lora)) == [0, 0]
     assert all(x.dtype == torch.float32 for x in weights_of(tmp_path / "out").values())
-
 
 @pytest.mark.slow
 def test_by_torchrun(tmp_path, case):

@@ -1,6 +1,7 @@
 """What goes wrong and what is left then: bad input, stops, kills, a full disk, NaN."""
 
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -60,12 +61,9 @@ BAD = [
     ("sft", "--out . --overwrite", "is not empty and holds no run"),
     ("sft", "--out THEIRS --overwrite", "is not empty and holds no run"),
     ("reward", "--data lists.jsonl", "--loss"),
-    ("reward", "--data ties.jsonl --loss listwise", "ties.jsonl"),
     ("ppo", "--policy REWARD", "REWARD: a reward model where"),
     ("ppo", "--reward SFT --reward_fn=", "is no reward model"),
-    ("ppo", "--value SFT", "is no reward model"),
     ("ppo", "--ptx_coef 0.1 --ptx_data prompts.jsonl", "prompts.jsonl:1"),
-    ("ppo", "--max_prompt_tokens 1", "prompts"),
     ("ppo", "--max_new_tokens 256", "--max_new_tokens"),
     ("ppo", "--batch_size 4 --minibatches 3", "--minibatches"),
     ("ppo", "--device cuda:99", "--device"),
@@ -78,7 +76,6 @@ BAD = [
     ("ppo", "--reward_fn rules.py:starves", "Tried to allocate 2.00 GiB. What helps, the cheapest"),
     ("ppo", "--gold_fn rules.py:raises", "rules.py:2: ZeroDivisionError"),
     ("rejection_sample", "--pairs prompts.jsonl", "prompts.jsonl:1"),
-    ("rejection_sample", "--pairs pairs.jsonl --max_length 3", "pairs"),
     ("rejection_sample", "--pairs pairs.jsonl --loss none", "--loss"),
     ("rejection_sample", "--pairs pairs.jsonl --prompt hi", "--prompt"),
     ("rejection_sample", "--method rso --num_samples 8", "--num_samples"),
@@ -125,7 +122,6 @@ def bad(tmp_path_factory, data, sft_folder, reward_folder):
     folder = tmp_path_factory.mktemp("bad")
     shutil.copytree(data, folder, dirs_exist_ok=True)
     (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    write(folder / "ties.jsonl", [dict(prompt="a", responses=["b", "c"], ranks=[1, 1])])
     (folder / "THEIRS").mkdir()
     (folder / "THEIRS/run.json").write_text('{"out": "of another program"}')
     (folder / "rules.py").write_text(RULES)
@@ -170,11 +166,11 @@ def test_overwrite_removes_the_runs_own_files_and_no_other(tmp_path, data, tiny_
     out = tmp_path / "out"
     cfg = CONFIGS["rejection_sample"](data, tiny_folder, out, overwrite=True)
     STAGES["rejection_sample"].main(cfg)
-    (tmp_path / "link.jsonl").symlink_to(out / "dpo.jsonl")
-    for flag, path in [("policy", out), ("pairs", out / "dpo.jsonl"), ("data", out / "sft.jsonl"),
-                       ("pairs", tmp_path / "link.jsonl")]:  # fmt: skip
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(out / "dpo.jsonl")
+    for flag, path in dict(policy=out, data=out / "sft.jsonl", pairs=link).items():
         line = refused("rejection_sample", replace(cfg, **{flag: str(path)}))
-        assert "it holds what this run reads" in line and (out / "dpo.jsonl").exists()
+        assert "it holds what this run reads" in line and link.exists()
 
     mine = dict.fromkeys(["notes.txt", "my/sft.jsonl", "mymodel.safetensors"], "years of work")
     mine["rule.py"] = (data / "rule.py").read_text()
@@ -185,9 +181,8 @@ def test_overwrite_removes_the_runs_own_files_and_no_other(tmp_path, data, tiny_
     (out / "model.tmp/vocab.txt").write_text("stale")
     cfg = replace(cfg, method="rso", reward_fn=f"{out / 'rule.py'}:score")
     STAGES["rejection_sample"].main(cfg)
-    assert {name: (out / name).read_text() for name in mine} == mine
-    assert not (out / "sft.jsonl").exists() and (out / "dpo.jsonl").exists()
-    assert not (out / "vocab.txt").exists(), "a file of the killed run became part of the model"
+    assert {name: (out / name).read_text() for name in mine} == mine and link.exists()
+    assert not (out / "sft.jsonl").exists() and not (out / "vocab.txt").exists()
 
 
 def test_a_second_start_is_one_line(tmp_path, bad, monkeypatch, refused):
@@ -217,12 +212,10 @@ def act_at(patch, thing, name, call, act, file="", before=False):
     """Something will happen at the end, or at the beginning, of the `call`th call of thing.name (of
     those whose last argument is a path to `file`).
     """
-    original, calls = getattr(thing, name), []
+    original, calls = getattr(thing, name), itertools.count(1)
 
     def call_and_act(*args, **kwargs):
-        counts = not file or Path(args[-1]).name == file
-        calls.extend([name] * counts)
-        now = counts and len(calls) == call
+        now = file in ("", Path(str(args[-1])).name) and next(calls) == call
         if now and before:
             act()
         result = original(*args, **kwargs)

@@ -17,7 +17,6 @@ import reward
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="module", params=["own_pad", "pad_is_eos", "only_eos"])
 def stages(request, tmp_path_factory, data, tiny_tokenizer, tiny_llama):
     """Folders of a model and of our reward model on it. Its pad token is its own, or EOS; or EOS
@@ -39,7 +38,6 @@ def stages(request, tmp_path_factory, data, tiny_tokenizer, tiny_llama):
         again, _ = reward.new_reward_model(cfg, CPU)
         assert torch.equal(rows[-1], again.lm.get_input_embeddings().weight[-1])
     return cfg.model, cfg.out
-
 
 def test_our_models_in_plain_transformers(tmp_path, data, stages, monkeypatch):
     """The reward model by the policy's ids in ppo.py, and by text in a pipeline, alone and in a
@@ -84,7 +82,6 @@ def test_our_models_in_plain_transformers(tmp_path, data, stages, monkeypatch):
         written = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         assert written[0, len(prompt) :].tolist() == response
 
-
 def test_a_community_reward_model(tmp_path, data, sft_folder, tiny_tokenizer, tiny_llama):
     """With its own tokenizer and chat template, as they lie on the hub."""
     tokenizer = tiny_tokenizer(300)
@@ -111,12 +108,10 @@ def test_a_community_reward_model(tmp_path, data, sft_folder, tiny_tokenizer, ti
         ended.append(whole < cut)  # an answer that was cut is read without its end token
     assert sum(ended) / len(ended) == pytest.approx(eval_of(cfg.out)["eos_rate_after"])
 
-
 TRL = dict(
     max_steps=1, report_to=[], save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
     gradient_checkpointing=False,
 )  # fmt: skip
-
 
 @pytest.mark.parametrize("name", ["prompts", "chat_prompts"])
 def test_trl_trains_dpo_on_our_dpo_file(tmp_path, data, sft_folder, name):
@@ -137,7 +132,6 @@ def test_trl_trains_dpo_on_our_dpo_file(tmp_path, data, sft_folder, name):
     # Before the first step the policy is the reference: log 2, theirs and ours.
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert not torch.equal(model.lm_head.weight, before)
-
 
 def test_trl_judges_our_reward_model_as_we_do(tmp_path, data, sft_folder):
     trl, datasets = map(pytest.importorskip, ("trl", "datasets"))

@@ -19,7 +19,6 @@ BATCH = common.collate(EXAMPLES)
 # What is trained of each kind: A and B of the 7 or 4 linear layers in 2 blocks, and a score head.
 TRAINED = dict(llama=2 * 7 * 2, gpt2=2 * 4 * 2, value=2 * 7 * 2 + 1)
 
-
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, tiny_folder, reward_folder):
     gpt2 = tmp_path_factory.mktemp("gpt2")
@@ -28,26 +27,21 @@ def folders(tmp_path_factory, tiny_folder, reward_folder):
     lm.save_pretrained(gpt2)
     return dict(llama=tiny_folder, gpt2=gpt2, value=reward_folder)
 
-
 def load(kind, folder, dtype=torch.float32):
     load_module = common.load_scorer if kind == "value" else common.load_policy
     return load_module(folder, torch.device("cpu"), dtype)
-
 
 @torch.no_grad()
 def said(module):
     """Log-probs of a policy, scores of a value model: (B, T)."""
     return module(BATCH) if isinstance(module, common.Scorer) else module(BATCH)[0]
 
-
 def said_off(module):
     with common.without_adapter(module):
         return said(module)
 
-
 def gap(a, b):
     return (a - b).abs().max()
-
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", TRAINED)
@@ -90,7 +84,6 @@ def test_off_is_the_base_bit_for_bit_on_is_what_was_learned(tmp_path, data, fold
 
     assert codes(start(world, look)) == [0] * world
 
-
 def test_a_bfloat16_base_does_not_swallow_small_updates(tmp_path, tiny_folder):
     """W + (alpha / r) B A is saved in float32."""
     policy = load("llama", tiny_folder, torch.bfloat16)
@@ -102,7 +95,6 @@ def test_a_bfloat16_base_does_not_swallow_small_updates(tmp_path, tiny_folder):
     common.save_model(policy, tmp_path)
     assert gap(weights_of(tmp_path)["model.layers.0.mlp.up_proj.weight"], expected) < 1e-6
 
-
 def made_by_peft(task, base, folder):
     """A model with an adapter, whose folder has no config.json."""
     name = dict(CAUSAL_LM="CausalLM", SEQ_CLS="SequenceClassification")[task]
@@ -112,7 +104,6 @@ def made_by_peft(task, base, folder):
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return model
-
 
 def test_an_adapter_made_by_peft_is_merged_or_refused(tmp_path, data, tiny_folder):
     policy, scorer = tmp_path / "policy", tmp_path / "scorer"
@@ -132,14 +123,12 @@ def test_an_adapter_made_by_peft_is_merged_or_refused(tmp_path, data, tiny_folde
         with pytest.raises(common.UserError, match=f"{folder}: an adapter .{task}. where"):
             load(kind, folder)
 
-
 def test_peft_is_asked_for_in_one_line(tmp_path, data, tiny_folder, monkeypatch):
     made_by_peft("CAUSAL_LM", tiny_folder, tmp_path / "a")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for folder, flags in ((tmp_path / "a", {}), (tiny_folder, RANK)):
         with pytest.raises(common.UserError, match=r"(adapter|--lora_rank): .*pip install peft"):
             STAGES["sft"].main(CONFIGS["sft"](data, folder, tmp_path / "out", **flags))
-
 
 def test_each_stage_goes_on_from_the_one_before(tmp_path, data, tiny_folder, monkeypatch):
     """All with adapters. In ppo.py two backbones serve four models: the reference is the policy
@@ -184,7 +173,6 @@ def test_each_stage_goes_on_from_the_one_before(tmp_path, data, tiny_folder, mon
     flags |= dict(ref=str(tmp_path / "sft"), value=flags["reward"], overwrite=True)
     four, *_ = learn("ppo", tmp_path / "sft", **flags)
     assert all(torch.equal(two[key], four[key]) for key in two)
-
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_stop_and_resume_bit_for_bit(tmp_path, data, sft_folder, name, monkeypatch):

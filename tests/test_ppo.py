@@ -12,7 +12,6 @@ import ppo
 OBJECTIVES = ["clip", "kl", "pg"]
 EPS, BETA = 0.2, 0.7
 
-
 def random_batch(seed, B=4, T=6):
     """log pi, log pi_old, advantages and mask in float64; where the mask is 0, rubbish."""
     generator = torch.Generator().manual_seed(seed)
@@ -24,7 +23,6 @@ def random_batch(seed, B=4, T=6):
     rubbish = 1 - mask
     return new + 1e3 * rubbish, old - 7 * rubbish, advantages + 100 * rubbish, mask
 
-
 def every_case_of_the_clip():
     """The ratio below, inside and above the range, A < 0 and A > 0: 14 tokens, 4 of them cut."""
     ratios, signs = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0], [-1.5, 1.5]
@@ -32,16 +30,13 @@ def every_case_of_the_clip():
     old = torch.full((1, 14), -1.0, dtype=torch.float64)
     return old + ratio.log(), old, advantages[None], torch.ones_like(old)
 
-
 CASES = {f"seed {seed}": random_batch(seed) for seed in range(4)}
 CASES["clip"] = every_case_of_the_clip()
 CASES["start"] = CASES["seed 1"][1:2] + CASES["seed 1"][1:]  # every ratio is 1
 
-
 def real(mask, *tensors):
     """The entries of each tensor where the mask is 1, as tuples of floats."""
     return list(zip(*[x[mask.bool()].tolist() for x in tensors]))
-
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("case", CASES)
@@ -71,7 +66,6 @@ def test_policy_loss_and_its_gradient_against_a_loop(objective, case):
     with pytest.raises(ValueError, match="ppo"):
         ppo.policy_loss(new, old, advantages, mask, "ppo")
 
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_minibatch_gradient_does_not_depend_on_the_cut(objective):
     """Micro-batches weighted by their share of the tokens, as in ppo.py, against one piece."""
@@ -84,7 +78,6 @@ def test_minibatch_gradient_does_not_depend_on_the_cut(objective):
             (loss * part[3].sum() / mask.sum()).backward()
         gradients.append(pieces.grad)
         assert torch.allclose(pieces.grad, gradients[0], atol=1e-14), cut
-
 
 @pytest.mark.parametrize("seed", range(4))
 def test_value_loss_against_a_loop(seed):
@@ -102,10 +95,8 @@ def test_value_loss_against_a_loop(seed):
     means = [sum(numbers) / len(tokens) for numbers in zip(*found)]
     assert [loss.item(), clipfrac.item()] == pytest.approx(means, rel=1e-12)
 
-
 def test_the_value_of_a_state_is_read_at_the_token_before():
     assert ppo.state_values(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[0.0, 1.0, 2.0]]
-
 
 def test_token_rewards_put_the_score_on_the_last_real_token():
     logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, 9.0, 9.0], [-1.0, -1.0, 9.0]])
@@ -114,7 +105,6 @@ def test_token_rewards_put_the_score_on_the_last_real_token():
     rewards = ppo.token_rewards(torch.tensor([5.0, -4.0, 2.0]), logprobs, ref, mask, 0.1)
     expected = [[-0.05, 0.1, 5.0], [-4.0 + 0.1, 0.0, 0.0], [0.0, 2.0 - 0.2, 0.0]]
     assert torch.allclose(rewards, torch.tensor(expected), atol=1e-6)
-
 
 def test_the_controllers_of_the_two_kls():
     # On target: no change. The error is capped at 20%, so 128 episodes of 10,000 move 0.256%.
@@ -126,9 +116,7 @@ def test_the_controllers_of_the_two_kls():
     for kl, expected in [*known, (0.0, 1.0)]:
         assert ppo.adapt_beta(2.0, kl, 0.01) == expected, kl
 
-
 # The deck's (8.14): why the advantage
-
 
 def test_raw_q_raises_the_worst_action_and_the_advantage_lowers_it():
     """Three actions, 0 < Q1 < Q2 < Q3, and the first one is sampled."""
@@ -148,19 +136,16 @@ def test_raw_q_raises_the_worst_action_and_the_advantage_lowers_it():
     assert raw[0] > 0.2 and raw[1] < 0.5 and raw[2] < 0.3  # the best one loses: wrong
     assert advantage[0] < 0.2 and advantage[1] > 0.5 and advantage[2] > 0.3
 
-
 # Exact expectations: a table policy over three tokens, every trajectory enumerated
 
 EOS, LIMIT = 2, 3
 PREFIXES = [p for n in range(LIMIT) for p in product((0, 1), repeat=n)]  # 1 + 2 + 4 states
 TRAJECTORIES = [p + (EOS,) for p in PREFIXES] + list(product((0, 1), repeat=LIMIT))
 
-
 def table(seed):
     """Logits of each state: (7, 3)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(PREFIXES), 3, generator=generator, dtype=torch.float64)
-
 
 def logprobs_of(logits, trajectory):
     """(1, LIMIT): log pi of each token, 0 past the end."""
@@ -168,14 +153,11 @@ def logprobs_of(logits, trajectory):
     found = logits.log_softmax(1)[states, list(trajectory)]
     return torch.cat([found, found.new_zeros(LIMIT - len(trajectory))])[None]
 
-
 def mask_of(trajectory):
     return (torch.arange(LIMIT) < len(trajectory)).double()[None]
 
-
 def score_of(trajectory):
     return 1.0 + 2 * trajectory[0] - 3.0 * (trajectory[-1] != EOS) + 0.5 * len(trajectory) ** 2
-
 
 @pytest.mark.parametrize("objective, baseline", [
     ("pg", False), ("clip", False), ("clip", True), ("kl", False), ("kl", True),
@@ -212,7 +194,6 @@ def test_expected_gradient_is_that_of_the_expected_reward(objective, baseline):
     assert exact.grad.abs().max() > 0.1
     assert torch.allclose(-logits.grad, exact.grad, atol=1e-12)
 
-
 def test_importance_sampling_is_unbiased():
     """E_old[ratio * A] = E_new[A] in every state, and E_old[approx_kl] = KL(pi_old, pi_new)."""
     old, new, advantages = table(20).log_softmax(1), table(21).log_softmax(1), table(22)
@@ -226,7 +207,6 @@ def test_importance_sampling_is_unbiased():
     exact_kl = (old.exp() * (old - new)).sum(1)
     expected = torch.stack([(new.exp() * advantages).sum(1), exact_kl, torch.ones(7).double()])
     assert torch.allclose(found, expected, atol=1e-12)
-
 
 def test_ppo_on_exact_expectations_finds_the_best_trajectory():
     """Clip steps from the uniform policy: the expected score climbs to the best one's."""

@@ -14,10 +14,8 @@ import common
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-
 def blocks(kind):
     return re.findall(rf"^```{kind}\n(.*?)^```", README, re.S | re.M)
-
 
 def test_line_counts_links_and_names():
     lines = {p.name: format(p.read_bytes().count(b"\n"), ",") for p in ROOT.glob("*.py")}
@@ -33,7 +31,6 @@ def test_line_counts_links_and_names():
     for module, name in re.findall(r"`(\w+)\.py: (\w+)[`,]", README):
         assert hasattr(STAGES.get(module, common), name), f"{module}.{name}"
 
-
 def test_commands_parse_and_flags_exist(monkeypatch):
     seen = []
     for line in "\n".join(blocks(r"sh[^\n]*")).replace("\\\n", " ").splitlines():
@@ -46,7 +43,6 @@ def test_commands_parse_and_flags_exist(monkeypatch):
     known = {flag for stage in STAGES.values() for flag in vars(stage.Config())}
     assert set(re.findall(r"--(\w+)", README)) <= known | {"only", "nproc_per_node"}
 
-
 def test_the_reward_function_scores_as_the_reward_model(tmp_path, reward_folder):
     [text] = blocks("python reward_fn")
     (tmp_path / "judge.py").write_text(text.replace("out/reward", str(reward_folder)))
@@ -57,7 +53,6 @@ def test_the_reward_function_scores_as_the_reward_model(tmp_path, reward_folder)
     score = common.function_score(f"{tmp_path / 'judge.py'}:score", tokenizer)
     found = score(["How?"] * 2, None, tokenizer(answers, add_special_tokens=False)["input_ids"])
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
-
 
 @pytest.mark.slow  # some ten minutes
 def test_commands_for_the_embedded_world_run_as_they_stand(tmp_path):

@@ -20,7 +20,6 @@ import common
 import rejection_sample as rs
 import sft
 
-
 def test_best_of_n_and_its_kl_against_the_exact_law():
     """N draws of M equally likely answers with different rewards: the law of the best one is
     ((i+1)^N - i^N) / M^N, whose KL tends to log N - (N-1)/N from below as M grows."""
@@ -31,7 +30,6 @@ def test_best_of_n_and_its_kl_against_the_exact_law():
         kl = (law * np.log(law * 4000)).sum()
         assert kl <= rs.best_of_n_kl(n) + 1e-9
         assert kl == pytest.approx(rs.best_of_n_kl(n), abs=0.02 * n / 16 + 1e-3)
-
 
 def acceptance_law(rewards, left, needed, beta):
     """Every ordered outcome of RSO's algorithm with its probability, answers visited in random
@@ -51,7 +49,6 @@ def acceptance_law(rewards, left, needed, beta):
                 law[start + end] += chance * p / len(orders)
     return law
 
-
 @pytest.mark.parametrize("num_samples", [1, 2])
 @pytest.mark.parametrize("rewards, beta", [
     ([0.0, 1.0, 0.4], 0.5), ([2.0, 2.0, -1.0], 1.5), ([-1e6, 0.0, 1e6], 1e-3), ([3, 1, 2], 1e9),
@@ -69,7 +66,6 @@ def test_the_acceptance_law_for_three_answers(rewards, beta, num_samples):
         with pytest.raises(ValueError):
             accept(*wrong, rng)
 
-
 @pytest.mark.parametrize("rewards, method, pairs", [
     ([1, 3, 2, 0], "first_round", [(1, 0), (2, 3)]),  # the docstring's
     ([1, 3, 2, 0], "tournament", [(1, 0), (2, 3), (1, 2)]),
@@ -83,7 +79,6 @@ def test_rank_pairs(rewards, method, pairs):
     assert rs.rank_pairs(rewards, method) == pairs
     with pytest.raises(ValueError, match="first_round"):
         rs.rank_pairs(rewards, "last_round")
-
 
 def test_losses_against_their_formulas():
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +98,6 @@ def test_losses_against_their_formulas():
     with pytest.raises(ValueError, match="sigmoid"):
         rs.dpo_loss(*numbers, loss="softmax")
 
-
 @pytest.fixture(scope="module")
 def policy_folder(tmp_path_factory, data, tiny_folder):
     """A tiny model that has learned to end its answers, most of the time."""
@@ -111,10 +105,8 @@ def policy_folder(tmp_path_factory, data, tiny_folder):
     sft.main(sft_config(data, tiny_folder, out, steps=12, epochs=10.0))
     return out
 
-
 def config(files, folder, out, **flags):
     return rejection_sample_config(files, folder, out, **(dict(max_new_tokens=12) | flags))
-
 
 @pytest.mark.parametrize("loss, micro_tokens", [("sigmoid", 1), ("hinge", 10_000), ("ipo", 99)])
 def test_steps_in_plain_torch(tmp_path, data, policy_folder, monkeypatch, loss, micro_tokens):
@@ -162,7 +154,6 @@ def test_steps_in_plain_torch(tmp_path, data, policy_folder, monkeypatch, loss, 
     right = logratios(final, "chosen") > logratios(final, "rejected")
     assert eval_of(cfg.out)["accuracy"] == pytest.approx(right.float().mean().item())
 
-
 def test_the_reference_reads_only_pairs_in_use(tmp_path, data, policy_folder, monkeypatch):
     """Of 12 pairs 2 steps use 4: both models read those once, and no other."""
     forward, read = common.Policy.forward, defaultdict(Counter)
@@ -181,13 +172,11 @@ def test_the_reference_reads_only_pairs_in_use(tmp_path, data, policy_folder, mo
     policy, ref = (seen & examples for seen in read.values())
     assert policy == ref and ref.total() == 8 and examples.total() == 24
 
-
 @pytest.fixture(scope="module")
 def best_of_n_run(tmp_path_factory, data, policy_folder):
     cfg = config(data, policy_folder, tmp_path_factory.mktemp("rs") / "best_of_n")
     rs.main(cfg)
     return cfg
-
 
 def judged(cfg, name):
     """Each prompt's answers as (text, reward by the rule less the penalty, ended), from the ids."""
@@ -202,10 +191,8 @@ def judged(cfg, name):
         found.append((row["prompt"], list(zip(texts, rewards, ended))))
     return found
 
-
 def best(answers):
     return max([a for a in answers if a[2]] or answers, key=lambda answer: answer[1])
-
 
 def test_best_of_n_files(tmp_path, data, best_of_n_run):
     cfg, demonstrations, pairs, flat = best_of_n_run, [], [], []
@@ -229,7 +216,6 @@ def test_best_of_n_files(tmp_path, data, best_of_n_run):
         assert sample["score_best_of_n"] == reward + (not ended)
     assert results["kl"] != 0 and results["kl_best_of_n"] == math.log(8) - 7 / 8
 
-
 @pytest.mark.parametrize("rank, loss, name", [
     ("first_round", "none", "prompts"), ("tournament", "sigmoid", "chat_prompts"),
 ])  # fmt: skip
@@ -250,7 +236,6 @@ def test_rso_outputs(tmp_path, data, policy_folder, rank, loss, name):
     assert most <= (2 if rank == "first_round" else 3)
     names = {path.name for path in (tmp_path / "rso").iterdir()}
     assert "sft.jsonl" not in names and ("model.safetensors" in names) == (loss != "none")
-
 
 def test_answers_without_text_and_of_the_same_text_are_left_out(tmp_path, data, policy_folder):
     """sft.py and --pairs refuse an empty response, and "sea", ended or cut, is no preference."""
@@ -277,7 +262,6 @@ def test_answers_without_text_and_of_the_same_text_are_left_out(tmp_path, data, 
     # Read back as anybody's pairs the file is the same: here the text tokenises to the same ids.
     assert rs.encode_pairs(common.read_jsonl(f"{cfg.out}/dpo.jsonl"), tokenizer, 99) == pairs
 
-
 @pytest.mark.parametrize("line", [b"garbage", b"", b"\xff\xfe", b"[1]", b'{"a": 1}', "others"])
 def test_candidates_that_this_run_did_not_write_are_refused(tmp_path, best_of_n_run, line):
     folder = tmp_path / "out"
@@ -288,7 +272,6 @@ def test_candidates_that_this_run_did_not_write_are_refused(tmp_path, best_of_n_
     path.write_bytes(b"".join(lines[1:] if line == "others" else [*lines, line, b"\n"]))
     with pytest.raises(common.UserError, match="candidates.jsonl"):
         rs.main(replace(best_of_n_run, out=str(folder), resume=True))
-
 
 def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path, best_of_n_run, monkeypatch):
     """Half a part and half a line lie there: only they are sampled again, to the same bytes."""
@@ -313,7 +296,6 @@ def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path, best_of_n_run, 
         mine, theirs = (tmp_path / run / f"{name}.jsonl" for run in ("parts", "whole"))
         assert mine.read_bytes() == theirs.read_bytes(), name
     assert eval_of(parts.out) == eval_of(whole.out)
-
 
 @pytest.mark.parametrize("prompt, prompts", [("the sea", ["the sea"]), ("-", ["boats", "How?"])])
 def test_terminal(tmp_path, data, policy_folder, capsys, monkeypatch, prompt, prompts):

@@ -21,7 +21,6 @@ PROBE = b"""<script>parent.postMessage(JSON.stringify([document.title, document.
 FRAME = """<iframe src="page.html" style="height: 900px; width: 320px"></iframe>
 <script>onmessage = event => { document.body.textContent = event.data; }</script>"""
 
-
 def data_of(out):
     """What the template was filled with; in all else the page is the template."""
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -30,7 +29,6 @@ def data_of(out):
     head, tail = (ROOT / "data/report.html").read_text(encoding="utf-8").split('"DATA"')
     assert page.startswith(head) and page.endswith(tail)
     return json.loads(page[len(head) : -len(tail)])
-
 
 @pytest.fixture
 def a_run(tmp_path, data, tiny_folder):
@@ -45,14 +43,12 @@ def a_run(tmp_path, data, tiny_folder):
     common.write_jsonl(run.out / "samples.jsonl", rows)
     return run, results | dict(kl=0.3)
 
-
 def test_no_answer_breaks_out_of_the_page(a_run):
     run, results = a_run
     run.finish(None, None, results)
     seen = data_of(run.out)
     assert seen["samples"] == rows_of(run.out, "samples") and seen["samples"][1]["after"] == HOSTILE
     assert seen["results"] == results and results[f"gold_after_{HOSTILE}"] == 0
-
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_page_grows_with_the_run(tmp_path, data, sft_folder, name, monkeypatch):
@@ -71,7 +67,6 @@ def test_the_page_grows_with_the_run(tmp_path, data, sft_folder, name, monkeypat
     assert last["settings"]["lr"] == cfg.lr and last["title"] == cfg.out
     if name in ("ppo", "rejection_sample"):
         assert last["samples"] == rows_of(cfg.out, "samples")
-
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 def test_a_browser_shows_the_page_on_a_phone(a_run, tmp_path):
@@ -97,7 +92,6 @@ def test_a_browser_shows_the_page_on_a_phone(a_run, tmp_path):
     assert "gold good answers 50% before 50% after" in text and "good 100% 100%" in text
     changed_most = f"user: a & b before -1 {HOSTILE} after 2.5 {HOSTILE}"
     assert 0 < text.index(changed_most) < text.index("plain before 0.5 xxx")
-
 
 @pytest.mark.parametrize("name", STAGES)
 def test_help_has_the_stages_own_flags_first_and_each_default_once(name, monkeypatch, capsys):

@@ -30,22 +30,18 @@ DATA = dict(
     ],
 )
 
-
 def config(tmp_path, folder, loss, rows=None, **flags):
     path = tmp_path / f"{loss}.jsonl"
     write(path, rows or DATA[loss])
     settings = dict(loss=loss, data=str(path), eval_data=str(path), batch_size=len(DATA[loss]))
     return reward_config(tmp_path, folder, tmp_path / "out", **(settings | flags))
 
-
 # the losses, against loops
-
 
 def pairs_of(items):
     """[(reward, rank), ...] -> the (better, worse) rewards of every pair that is no tie."""
     ranked = sorted(items, key=lambda item: item[1])
     return [(a, b) for (a, i), (b, j) in combinations(ranked, 2) if i < j]
-
 
 def loop_loss(loss, judgements):
     """Of [(reward, target), ...] for each judgement, the rewards are tensors."""
@@ -57,14 +53,12 @@ def loop_loss(loss, judgements):
         means += [sum(parts) / len(parts)] if parts else []
     return sum(means) / max(1, len(means))
 
-
 def random_lists(seed, B=6, K=5):
     generator = torch.Generator().manual_seed(seed)
     rewards = 3 * torch.randn(B, K, generator=generator, dtype=torch.float64)
     ranks = torch.randint(1, 4, (B, K), generator=generator)  # 5 responses, 3 ranks: always ties
     lengths = torch.randint(2, K + 1, (B,), generator=generator)
     return rewards, ranks, (torch.arange(K) < lengths[:, None]).double()
-
 
 @pytest.mark.parametrize("seed", range(5))
 def test_losses_against_loops(seed):
@@ -88,7 +82,6 @@ def test_losses_against_loops(seed):
         both = [torch.autograd.grad(x, rewards, retain_graph=True)[0] for x in (found, expected)]
         assert torch.allclose(*both, rtol=1e-10, atol=1e-12)  # nothing learns from padding
 
-
 def test_losses_at_their_edges():
     far = torch.tensor([-500.0]), torch.tensor([500.0])  # exp would overflow
     assert reward.pairwise_loss(*far).item() == pytest.approx(1000)
@@ -99,9 +92,7 @@ def test_losses_at_their_edges():
     assert reward.listwise_loss(rewards, ranks, mask).item() == pytest.approx(math.log(1 + math.e))
     assert reward.listwise_loss(rewards[1:2], ranks[1:2]).item() == 0.0
 
-
 # what it reads, and how it is judged
-
 
 def test_ordered_right():
     assert reward.ordered_right([(2.0, 1), (1.0, 2)]) == (1, 1)
@@ -112,14 +103,12 @@ def test_ordered_right():
     assert reward.ordered_right([(3.0, 1), (1.0, 2), (2.0, 2), (0.0, 3)]) == (5, 5)
     assert reward.ordered_right([(3.0, 3), (1.0, 2), (2.0, 2), (0.0, 1)]) == (0, 5)
 
-
 def test_wilson_interval_against_published_values():
     # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29.
     known = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]
     known += [(1, 29, 0.0061, 0.1718)]
     for hits, n, low, high in known:
         assert reward.wilson_interval(hits / n, n) == pytest.approx((low, high), abs=6e-5)
-
 
 BAD_ROWS = [
     ("pointwise", dict(response="b", score=math.nan), '"score"'),
@@ -142,7 +131,6 @@ BAD_ROWS = [
     ("listwise", dict(responses=["b", 4], ranks=[1, 2]), '"responses[1]"'),
 ]
 
-
 @pytest.mark.parametrize("loss, row, names", BAD_ROWS)
 def test_a_bad_row_is_told_with_its_line(tmp_path, tiny_folder, loss, row, names):
     cfg = config(tmp_path, tiny_folder, loss, DATA[loss][:1] + [dict(prompt="a") | row])
@@ -151,13 +139,11 @@ def test_a_bad_row_is_told_with_its_line(tmp_path, tiny_folder, loss, row, names
     message = str(error.value)
     assert message.startswith(f"{cfg.data}:2: ") and names in message and "\n" not in message
 
-
 def test_a_pair_beside_another_response_is_the_pair(tiny_tokenizer):
     rows = [dict(prompt="a", chosen="b", rejected="c", where="file:1")]
     rows.append(dict(rows[0], completion="d", response="e"))
     alone, beside = [reward.read_judgement(tiny_tokenizer(), row) for row in rows]
     assert alone == beside and len(alone.examples) == 2
-
 
 def test_new_head_has_its_spread_and_its_seed(tmp_path, tiny_tokenizer, tiny_llama):
     tokenizer = tiny_tokenizer()
@@ -172,7 +158,6 @@ def test_new_head_has_its_spread_and_its_seed(tmp_path, tiny_tokenizer, tiny_lla
     assert both.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.07)  # 4 standard errors
     assert abs(both.mean().item()) < 4 / 1025**0.5 / 2048**0.5
 
-
 def alone(lm, judgements):
     """[(score, target), ...] of each judgement: one plain forward for each response."""
     scored = []
@@ -180,7 +165,6 @@ def alone(lm, judgements):
         logits = [lm(input_ids=torch.tensor([e["ids"]])).logits[0, 0] for e in judgement.examples]
         scored.append(list(zip(logits, judgement.targets)))
     return scored
-
 
 @pytest.mark.parametrize("loss", DATA)
 def test_a_run_against_its_scores_in_plain_transformers(tmp_path, tiny_folder, loss):
@@ -201,7 +185,6 @@ def test_a_run_against_its_scores_in_plain_transformers(tmp_path, tiny_folder, l
     assert results["accuracy"] == pytest.approx(sum(right) / len(right))
     assert results["loss"] == pytest.approx(loop_loss(loss, items).item(), rel=1e-4)
     assert results["n"] == len(judgements)
-
 
 @pytest.mark.parametrize("loss", DATA)
 def test_gradient_is_that_of_the_whole_batch(tmp_path, tiny_folder, monkeypatch, loss):

@@ -101,10 +101,8 @@ def test_held_out_judgements_of_another_form(tmp_path, data, sft_folder):
 
 @pytest.mark.parametrize("objective", ["clip", "kl", "pg"])
 def test_ppo_outputs(tmp_path, data, sft_folder, reward_folder, objective):
-    cfg = ppo_config(
-        data, sft_folder, tmp_path / "ppo", objective=objective, reward_fn="",
-        reward=str(reward_folder), ppo_epochs=3,
-    )  # fmt: skip
+    flags = dict(objective=objective, ppo_epochs=3, reward_fn="", reward=str(reward_folder))
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags)
     ppo.main(cfg)
     rows, results = rows_of(cfg.out), eval_of(cfg.out)
     assert [row["step"] for row in rows] == [1, 2]
@@ -134,10 +132,10 @@ def losses(monkeypatch):
     """Every call of policy_loss: its new and old log-probs on real tokens, and the advantages."""
     calls, original = [], ppo.policy_loss
 
-    def keep(new, old, advantages, mask, *args):
+    def keep(new, old, advantages, mask, *args, **kwargs):
         where = mask.bool()
         calls.append((new.detach()[where], old[where], advantages[where]))
-        return original(new, old, advantages, mask, *args)
+        return original(new, old, advantages, mask, *args, **kwargs)
 
     monkeypatch.setattr(ppo, "policy_loss", keep)
     return calls
@@ -159,15 +157,13 @@ def test_every_ratio_is_one_before_the_first_update(tmp_path, data, sft_folder, 
     assert [row["kl"] for row in rows_of(cfg.out)] == pytest.approx([0, 0], abs=1e-5)
 
 
-def test_advantages_are_whitened_over_the_rollout_except_for_pg(
-    tmp_path, data, sft_folder, losses
-):
+def test_advantages_are_whitened_over_the_rollout(tmp_path, data, sft_folder, losses):
     flags = dict(ppo_epochs=1, steps=1, batch_size=8, minibatches=2, micro_tokens=40)
     ppo.main(ppo_config(data, sft_folder, tmp_path / "clip", **flags))
     whole = torch.cat([advantages for _, _, advantages in losses]).double()
     assert whole.mean().item() == pytest.approx(0, abs=1e-5)
     assert whole.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    losses.clear()
+    losses.clear()  # pg has the whole reward in their place
     ppo.main(ppo_config(data, sft_folder, tmp_path / "pg", objective="pg", **flags))
     whole = torch.cat([advantages for _, _, advantages in losses])
     # A count, less the missing-EOS penalty, less a KL of rounding errors: untouched.
@@ -358,9 +354,7 @@ def gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("objective", ["clip", "pg"])
-def test_ppo_gradients_do_not_depend_on_micro_tokens(
-    tmp_path, data, sft_folder, gradients, objective
-):
+def test_ppo_gradients_do_not_depend_on_the_cut(tmp_path, data, sft_folder, gradients, objective):
     flags = dict(steps=1, batch_size=8, minibatches=2, ppo_epochs=1, lr=1e-30, value_lr=1e-30)
     for micro_tokens in (1, 60, 10_000):
         flags |= dict(micro_tokens=micro_tokens, objective=objective)

@@ -14,10 +14,8 @@ LIMITS = {
 CODE = {name: (ROOT / name).read_text(encoding="utf-8") for name in LIMITS if name != "README.md"}
 LAYOUT = ("NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
 
-
 def lines_of(path):
     return (ROOT / path).read_bytes().count(b"\n")
-
 
 def count(text):
     """Tokens, lines of code, lines with a `#`; docstrings are no code, an f-string is one token."""
@@ -38,13 +36,11 @@ def count(text):
         inside += kind == "FSTRING_START"
     return tokens, len(code), len(comments)
 
-
 def test_lines():
     lines = {name: lines_of(name) for name in LIMITS}
     assert {name: n for name, n in lines.items() if n > LIMITS[name]} == {}
     assert sum(lines[name] for name in CODE) <= 2400
     assert sum(map(lines_of, [*ROOT.glob("tests/test_*.py"), "tests/conftest.py"])) <= 3500
-
 
 def test_density():
     assert count('"""Two\nlines."""\n# why\nx = 1  # trailing\ny = f"{x} {x:>{x}}"\n') == (6, 2, 2)
@@ -52,7 +48,6 @@ def test_density():
     dense = {name: round(t / c, 2) for name, t, c in zip(CODE, tokens, code) if t > 10 * c}
     assert dense == {} and sum(comments) >= 0.2 * sum(code)
     assert len(re.findall(r"\b(?:hasattr|getattr|setattr|vars)\(", "".join(CODE.values()))) <= 12
-
 
 def test_columns():
     paths = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
