@@ -4,16 +4,19 @@ import json
 import os
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import tqdm.auto
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402
 import ppo  # noqa: E402
 import rejection_sample  # noqa: E402
 import reward  # noqa: E402
@@ -45,16 +48,6 @@ def make_llama(vocab_size, seed=0, **settings):
         return LlamaForCausalLM(LlamaConfig(**(sizes | settings)))
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer():
-    """A function: tiny_tokenizer(vocab_size=320) -> a new BPE with <pad> 0, <bos> 1, <eos> 2."""
-    return make_tokenizer
-
-@pytest.fixture(scope="session")
-def tiny_llama():
-    """A function: tiny_llama(vocab_size, seed=0, **config) -> a new 2-layer Llama."""
-    return make_llama
-
-@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder with a saved tiny Llama and its tokenizer; read it only."""
     folder = tmp_path_factory.mktemp("tiny")
@@ -62,8 +55,6 @@ def tiny_folder(tmp_path_factory):
     make_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-# data for the scripts, and what they write
 
 QUESTIONS = ["What is the capital?", "tell me a story", "boil an egg", "the sea", "你好", "How?"]
 ANSWERS = ["The capital is Paris.", "Once there was a boat.", "Put it into hot water.", "wait"]
@@ -109,43 +100,25 @@ def data(tmp_path_factory):
     """The folder of `write_data`; read it only."""
     return write_data(tmp_path_factory.mktemp("data"))
 
-def sft_config(files, folder, out, **flags):
-    settings = dict(
-        model=str(folder), data=str(files / "sft.jsonl"), eval_data=str(files / "sft.jsonl"),
-        batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
-    )  # fmt: skip
-    return sft.Config(**(settings | flags))
-
 STAGES = dict(sft=sft, reward=reward, ppo=ppo, rejection_sample=rejection_sample)
 
-def reward_config(files, folder, out, **flags):
-    settings = dict(
-        model=str(folder), data=str(files / "pairs.jsonl"), eval_data=str(files / "pairs.jsonl"),
-        batch_size=4, steps=3, lr=1e-2, warmup=0, device="cpu", out=str(out),
-    )  # fmt: skip
-    return reward.Config(**(settings | flags))
+def config_of(name, own, files, folder, out, **flags):
+    """A short run of a stage on the CPU: its Config."""
+    if name in ("sft", "reward"):
+        path = str(files / dict(sft="sft.jsonl", reward="pairs.jsonl")[name])
+        settings = dict(model=str(folder), data=path, eval_data=path, steps=3, lr=1e-2)
+    else:
+        settings = dict(policy=str(folder), reward_fn=f"{files / 'rule.py'}:score")
+        settings |= dict(data=str(files / "prompts.jsonl"), steps=2, lr=1e-3)
+        settings |= dict(eval_data=str(files / "eval_prompts.jsonl"))
+    settings |= dict(batch_size=4, warmup=0, device="cpu", out=str(out))
+    return STAGES[name].Config(**(settings | own | flags))
 
-def ppo_config(files, folder, out, **flags):
-    settings = dict(
-        policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
-        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"),
-        batch_size=4, steps=2, max_new_tokens=6, lr=1e-3, warmup=0, lr_schedule="constant",
-        sample_every=0, device="cpu", out=str(out),
-    )  # fmt: skip
-    return ppo.Config(**(settings | flags))
-
-def rejection_sample_config(files, folder, out, **flags):
-    settings = dict(
-        policy=str(folder), reward_fn=f"{files / 'rule.py'}:score",
-        data=str(files / "prompts.jsonl"), eval_data=str(files / "eval_prompts.jsonl"),
-        n=8, num_samples=4, max_new_tokens=40, batch_size=2, epochs=10.0, steps=2, lr=1e-3,
-        warmup=0, device="cpu", out=str(out),
-    )  # fmt: skip
-    return rejection_sample.Config(**(settings | flags))
-
-CONFIGS = dict(
-    sft=sft_config, reward=reward_config, ppo=ppo_config, rejection_sample=rejection_sample_config
-)
+PPO = dict(max_new_tokens=6, lr_schedule="constant", sample_every=0)
+REJECTION = dict(n=8, num_samples=4, max_new_tokens=40, batch_size=2, epochs=10.0)
+OWN = dict(sft={}, reward={}, ppo=PPO, rejection_sample=REJECTION)
+CONFIGS = {name: partial(config_of, name, own) for name, own in OWN.items()}
+sft_config, reward_config, ppo_config, rejection_sample_config = CONFIGS.values()
 
 def flags_of(cfg):
     """A Config as the flags that make it."""
@@ -170,12 +143,8 @@ def reward_folder(tmp_path_factory, data, sft_folder):
     return out
 
 def strict(text):
-    """JSON as other languages read it: no NaN, no Infinity."""
-
-    def refuse(name):
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
+    """JSON as other languages read it: no NaN, no Infinity (they would divide 1 by 0)."""
+    return json.loads(text, parse_constant=lambda name: 1 / 0)
 
 def rows_of(out, name="metrics"):
     text = (Path(out) / f"{name}.jsonl").read_text(encoding="utf-8")
@@ -188,9 +157,47 @@ def letters(text):
     return sum(c.isascii() and c.isalpha() for c in text)
 
 def weights_of(out):
-    from safetensors.torch import load_file
-
     return load_file(Path(out) / "model.safetensors")
+
+def plain_logprobs(lm, tokenizer, prompt, response, temperature=1.0):
+    """log pi of the response's tokens and of EOS, by one forward of plain transformers."""
+    x = tokenizer(prompt)["input_ids"]
+    y = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    logits = lm(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
+    return (logits / temperature).log_softmax(-1)[range(len(y)), y]
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Of each update of a stage, the weights and the gradient before it is clipped."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def keep(parameters, *args, **kwargs):
+        parameters = [p for p in parameters if p.grad is not None]
+        gradient = torch.cat([p.grad.flatten() for p in parameters])
+        seen.append((torch.nn.utils.parameters_to_vector(parameters).detach(), gradient))
+        return clip(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    return seen
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Each question to a stage's rewards: (reward model or None, texts, prompts' ids, responses'
+    ids, scores).
+    """
+    load, seen = common.load_score, []
+
+    def recorded(*args, **kwargs):
+        score, model = load(*args, **kwargs)
+
+        def keep(*question):
+            seen.append((model, *question, score(*question)))
+            return seen[-1][-1]
+
+        return keep, model
+
+    monkeypatch.setattr(common, "load_score", recorded)
+    return seen
 
 def fork():
     """os.fork with a lock for tqdm that is the child's own: processes share the usual one, and a

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import common
-import rejection_sample
 import sft
 from common import UserError
 
@@ -359,13 +358,6 @@ def test_a_step_that_is_no_graph_is_told_once_and_runs(monkeypatch, capsys):
     assert sampler(PROMPTS)[0] == plain_greedy(cached_model("llama"), PROMPTS, 8, [EOS])
     assert capsys.readouterr().out.count("no CUDA graph") == 1
 
-def test_sampled_responses_keep_their_eos_and_end_there():
-    prompts, lm = [[3 + i % 5, 4] for i in range(40)], make_llama(12, initializer_range=0.05)
-    responses = common.generate(lm, prompts, 9, [2, 7], slots=6, generator=seeded())
-    assert {len(r) for r in responses} >= {1, 2, 3, 9}
-    assert {r[-1] for r in responses if len(r) < 9} == {2, 7}
-    assert not any(set(r[:-1]) & {2, 7} for r in responses)
-
 def traces(lm):
     """What a generation could leave behind."""
     modes = [module.training for module in lm.modules()]
@@ -537,14 +529,6 @@ def test_the_context_ends_where_rotary_scaling_sets_in():
     lm = make_llama(60, rope_parameters=rope)
     assert common.context_length(lm) == 16  # beyond it the angles depend on the whole batch
     assert common.context_length(make_llama(60)) == 256
-
-def test_a_reward_model_with_the_policys_tokenizer_reads_its_ids(tmp_path, tiny_tokenizer):
-    tiny_tokenizer().save_pretrained(make_reward(tmp_path, vocab_size=320))
-    cfg = rejection_sample.Config(reward=str(tmp_path), micro_tokens=8)
-    score, reward = common.load_score(cfg, tiny_tokenizer(), CPU)
-    prompts, responses = [[1, 9], [1, 7, 8, 9], [1]], [[300, 8, 7], [5], [301, EOS]]  # no text's
-    exact = [score_by_hand(reward.lm, p + r) for p, r in zip(prompts, responses)]
-    assert score(["", "", ""], prompts, responses).tolist() == pytest.approx(exact, abs=1e-4)
 
 def test_set_lr_warms_up_and_decays():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=9.0)

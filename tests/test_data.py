@@ -124,8 +124,8 @@ def parts(tokenizer, example):
     assert mask == [0] * n + [1] * (len(ids) - n)
     return tokenizer.decode(ids[:n]), tokenizer.decode(ids[n:])
 
-def test_text_is_encoded_in_two_parts_with_bos_and_eos(tiny_tokenizer):
-    tokenizer = tiny_tokenizer()
+def test_text_is_encoded_in_two_parts_with_bos_and_eos():
+    tokenizer = make_tokenizer()
     prompt, response = tokenizer(["the sea", " a boat"], add_special_tokens=False)["input_ids"]
     example = common.encode(tokenizer, "the sea", " a boat")
     assert example == common.join([1, *prompt], [*response, 2])
@@ -159,8 +159,8 @@ def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_rend
         (ask("a"), "b<|im_end|>"),
     ]
 
-def test_demonstrations_of_every_other_form(tiny_tokenizer):
-    tokenizer, row = tiny_tokenizer(), dict(prompt="the sea", where="f:1")
+def test_demonstrations_of_every_other_form():
+    tokenizer, row = make_tokenizer(), dict(prompt="the sea", where="f:1")
     rows = [row | dict(completion="a boat"), row | dict(chosen="a boat", rejected="b")]
     expected = [common.encode(tokenizer, "the sea", "a boat")] * 2
     assert common.load_demonstrations(rows, tokenizer, 99) == expected
@@ -183,8 +183,8 @@ def test_what_cannot_be_encoded_is_named_in_one_line(template, prompt, response,
         common.encode(chat_tokenizer(template), prompt, response, "f:3")
     assert "\n" not in str(error.value)
 
-def test_prompts_keep_their_kind_and_leave_room_for_an_answer(tiny_tokenizer, capsys):
-    tokenizer, policy = tiny_tokenizer(), SimpleNamespace(lm=make_llama(320))  # context: 256 tokens
+def test_prompts_keep_their_kind_and_leave_room_for_an_answer(capsys):
+    tokenizer, policy = make_tokenizer(), SimpleNamespace(lm=make_llama(320))  # context: 256 tokens
     texts = ["How?", "the sea " * 20]
     rows = [dict(prompt=text, kind="helpful", completion="x", where="f:1") for text in texts]
     ids = tokenizer(texts)["input_ids"]

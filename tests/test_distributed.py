@@ -58,24 +58,18 @@ def run_in(world, cfg):
 @pytest.fixture
 def greedy(monkeypatch):
     """Sampling that does not depend on which process draws: what is compared is all the rest."""
-    init = common.Sampler.__init__
-
-    def certain(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.temperature = 0
-
-    monkeypatch.setattr(common.Sampler, "__init__", certain)
+    zero = property(lambda sampler: 0, lambda sampler, temperature: None)
+    monkeypatch.setattr(common.Sampler, "temperature", zero, raising=False)
 
 @pytest.fixture
 def case(data, sft_folder, reward_folder):
     """A function: case(name, out, **flags) -> a Config, with small micro-batches."""
     models = dict(reward_fn="", reward=str(reward_folder))
     special = dict(
-        sft={},
-        reward=dict(loss="listwise", data=str(data / "lists.jsonl")),
+        sft={}, reward=dict(loss="listwise", data=str(data / "lists.jsonl")),
         ppo=dict(ptx_coef=0.1, ptx_data=str(data / "sft.jsonl"), kl_target=0.5, **models),
         rejection_sample=dict(pairs=str(data / "pairs.jsonl")),
-    )
+    )  # fmt: skip
 
     def make(name, out, **flags):
         flags = dict(batch_size=4, steps=3, lr=3e-4, micro_tokens=40) | special[name] | flags
@@ -107,7 +101,7 @@ def test_many_processes_end_as_one(tmp_path, case, greedy, name, lora, world):
     for key, value in eval_of(one.out).items():
         assert eval_of(many.out)[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
-def test_rejection_sampling_gathers_everybodys_answers(tmp_path, case, greedy, data):
+def test_rejection_sampling_gathers_everybodys_answers(tmp_path, case, greedy):
     flags = dict(pairs="", n=3, loss="none")
     one, many = (case("rejection_sample", tmp_path / out, **flags) for out in ("one", "many"))
     main_of(one)()
@@ -169,26 +163,24 @@ def test_one_signal_stops_all_and_any_number_goes_on(tmp_path, case, greedy, lor
     check_weights(two, more)
 
 SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-NO_DROPOUT = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 KINDS = dict(
-    tied=(LlamaConfig, dict(tie_word_embeddings=True)),
-    untied=(LlamaConfig, dict(tie_word_embeddings=False)),
-    gpt2=(GPT2Config, NO_DROPOUT),
-    capped=(Gemma2Config, dict(num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0)),
+    tied=LlamaConfig(**SIZES, tie_word_embeddings=True),
+    untied=LlamaConfig(**SIZES, tie_word_embeddings=False),
+    gpt2=GPT2Config(**SIZES, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    capped=Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0),
 )
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sharded_model_holds_parts_and_gives_the_same(tmp_path, case, kind, checkpointing):
     """The gradients of plain transformers; what is copied and saved is what was learned."""
-    config_class, settings = KINDS[kind]
     examples = [common.join([5, 6, 7], [8, 2]), common.join([4], [9, 9, 9, 2])] * 2
     cfg = case("sft", tmp_path / "out", gradient_checkpointing=checkpointing)
 
     def compare():
         common.choose_device("cpu")
         torch.manual_seed(0)
-        plain = AutoModelForCausalLM.from_config(config_class(**SIZES, **settings)).train()
+        plain = AutoModelForCausalLM.from_config(KINDS[kind]).train()
         policy = common.Policy(copy.deepcopy(plain))
         copied = common.sampling_copy(policy, cfg)
         optimizer = common.make_optimizer(policy, cfg, 1e-3)

@@ -22,7 +22,6 @@ from conftest import weights_of, write
 
 import common
 
-
 def command_line(monkeypatch, name, cfg, *more):
     """Run a stage the way `python name.py` does; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags_of(cfg), *more])
@@ -31,7 +30,6 @@ def command_line(monkeypatch, name, cfg, *more):
     except SystemExit as end:
         return end.code
     return 0
-
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
@@ -45,9 +43,6 @@ def refused(monkeypatch, capsys):
         return error[-1]
 
     return run
-
-
-# bad input: one line, exit 2, nothing written
 
 BAD = [
     ("sft", "--model nowhere/at/all", "nowhere/at/all"),
@@ -115,7 +110,6 @@ def slow(prompts, responses):
     return [1.0 for r in responses]
 """
 
-
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, data, sft_folder, reward_folder):
     """A folder with the good files and some that are not; read it only."""
@@ -131,21 +125,15 @@ def bad(tmp_path_factory, data, sft_folder, reward_folder):
     os.truncate(folder / "CUT/model.safetensors", 1000)  # as an interrupted download leaves it
     return folder
 
-
 @pytest.mark.parametrize("name, flags, says", BAD)
-def test_bad_input_is_one_line_and_nothing_written(
-    tmp_path, bad, monkeypatch, refused, name, flags, says
-):
+def test_bad_input_is_one_line(tmp_path, bad, monkeypatch, refused, name, flags, says):
+    """And nothing is written."""
     monkeypatch.chdir(bad)
     before = set(bad.rglob("*.*"))
     cfg = CONFIGS[name](bad, bad / "SFT", tmp_path / "out")
     assert says in refused(name, cfg, *flags.split())
     assert set(bad.rglob("*.*")) - set(bad.glob("*/*.pyc")) == before - set(bad.glob("*/*.pyc"))
     assert not (tmp_path / "out").exists()
-
-
-# the run folder
-
 
 def test_a_finished_run_says_what_to_type(tmp_path, data, tiny_folder, monkeypatch, refused):
     cfg = sft_config(data, tiny_folder, tmp_path / "out", steps=1)
@@ -160,7 +148,6 @@ def test_a_finished_run_says_what_to_type(tmp_path, data, tiny_folder, monkeypat
     assert command_line(monkeypatch, "sft", replace(cfg, seed=1), "--overwrite") == 0
     assert json.loads((tmp_path / "out/run.json").read_text())["seed"] == 1
     assert before["model.safetensors"] != (tmp_path / "out/model.safetensors").read_bytes()
-
 
 def test_overwrite_removes_the_runs_own_files_and_no_other(tmp_path, data, tiny_folder, refused):
     out = tmp_path / "out"
@@ -184,7 +171,6 @@ def test_overwrite_removes_the_runs_own_files_and_no_other(tmp_path, data, tiny_
     assert {name: (out / name).read_text() for name in mine} == mine and link.exists()
     assert not (out / "sft.jsonl").exists() and not (out / "vocab.txt").exists()
 
-
 def test_a_second_start_is_one_line(tmp_path, bad, monkeypatch, refused):
     cfg, lines = sft_config(bad, bad / "SFT", tmp_path / "out", steps=3), []
 
@@ -196,17 +182,12 @@ def test_a_second_start_is_one_line(tmp_path, bad, monkeypatch, refused):
     assert len(lines) == 2 and all("another run is writing there" in line for line in lines)
     assert len(rows_of(cfg.out)) == 3 and eval_of(cfg.out)
 
-
 def test_of_two_at_once_the_later_one_touches_nothing(tmp_path, bad, monkeypatch, refused):
     """Both find no folder; while the second one loads its model the first one begins."""
     cfg = sft_config(bad, bad / "SFT", tmp_path / "out", steps=1)
     act_at(monkeypatch, common, "load_tokenizer", 1, partial(STAGES["sft"].main, cfg))
     assert cfg.out in refused("sft", replace(cfg, seed=1), begun=True)
     assert json.loads((tmp_path / "out/run.json").read_text())["seed"] == 0 and eval_of(cfg.out)
-
-
-# stopped, crashed, killed
-
 
 def act_at(patch, thing, name, call, act, file="", before=False):
     """Something will happen at the end, or at the beginning, of the `call`th call of thing.name (of
@@ -225,14 +206,11 @@ def act_at(patch, thing, name, call, act, file="", before=False):
 
     patch.setattr(thing, name, call_and_act)
 
-
 def power_cut():
     raise SystemExit("power cut")  # no Exception: nothing in the scripts catches it
 
-
 ctrl_c, sigterm = (partial(os.kill, os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM))
 ENDS = {ctrl_c: "SystemExit(130)", sigterm: "SystemExit(143)", power_cut: "SystemExit('power cut')"}
-
 
 def how_it_ends(name, cfg):
     """What ended the stage, as text: the exception itself would keep the run and its lock."""
@@ -240,7 +218,6 @@ def how_it_ends(name, cfg):
         STAGES[name].main(cfg)
     except (SystemExit, common.UserError) as end:
         return repr(end)
-
 
 @pytest.fixture(scope="module", params=STAGES)
 def whole(request, tmp_path_factory, bad):
@@ -262,7 +239,6 @@ def whole(request, tmp_path_factory, bad):
     STAGES[name].main(cfg)
     return name, cfg
 
-
 def assert_same(name, whole, parts):
     """The two runs left the same weights, metrics, results and files, but for what a kill right
     after eval.json leaves: --resume says that the run is finished, and clears it away.
@@ -279,13 +255,11 @@ def assert_same(name, whole, parts):
     if name in ("ppo", "rejection_sample"):
         assert rows_of(whole.out, "samples") == rows_of(parts.out, "samples")
 
-
 STEP, FILE = (common.Run, "log"), (os, "replace")  # a file counts once its name is the last one
 ACCIDENTS = [(*STEP, 3, ctrl_c), (*STEP, 5, sigterm), (*STEP, 1, power_cut), (*STEP, 3, power_cut)]
 for file in ("run.json", "checkpoint.pt", "model.safetensors", "eval.json"):
     for before in (True, False):  # of the two checkpoints, the second one
         ACCIDENTS.append((*FILE, 1 + (file == "checkpoint.pt"), power_cut, file, before))
-
 
 @pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda a: " ".join(map(str, a[2:3] + a[4:])))
 def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, whole, monkeypatch, accident):
@@ -306,7 +280,6 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, whole, monkeypatc
         STAGES[name].main(replace(parts, resume=True))
     assert_same(name, whole, parts)
 
-
 @pytest.mark.parametrize("whole", ["rejection_sample"], indirect=True)
 def test_stopped_while_it_samples(tmp_path, whole, monkeypatch):
     name, whole = whole
@@ -317,14 +290,12 @@ def test_stopped_while_it_samples(tmp_path, whole, monkeypatch):
     STAGES[name].main(parts)
     assert_same(name, whole, parts)
 
-
 @pytest.mark.parametrize("save_every", [0, 1])
 def test_checkpoints_change_nothing(tmp_path, whole, save_every):
     name, whole = whole
     cfg = replace(whole, out=str(tmp_path / name), save_every=save_every)
     STAGES[name].main(cfg)
     assert_same(name, whole, cfg)
-
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_the_same(tmp_path, whole):
@@ -347,7 +318,6 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, whole):
         kills += code != 0
     assert_same(name, whole, parts)
 
-
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_full_disk_is_one_line_and_no_loss(tmp_path, whole, monkeypatch, refused, step):
     """From `step` on no file can grow beyond 60,000 bytes: no further checkpoint, no model."""
@@ -365,7 +335,6 @@ def test_a_full_disk_is_one_line_and_no_loss(tmp_path, whole, monkeypatch, refus
     STAGES[name].main(replace(parts, resume=True))
     assert_same(name, whole, parts)
 
-
 @pytest.fixture
 def halted(tmp_path, data, tiny_folder, monkeypatch):
     """An sft run that was stopped after step 2, on data and a model of its own."""
@@ -376,14 +345,12 @@ def halted(tmp_path, data, tiny_folder, monkeypatch):
     assert how_it_ends("sft", cfg) == "SystemExit(143)"
     return replace(cfg, resume=True)
 
-
 @pytest.mark.parametrize("keep", [0, 100])
 @pytest.mark.parametrize("file", ["run.json", "checkpoint.pt", "metrics.jsonl"])
 def test_a_damaged_run_folder_is_one_line(halted, refused, file, keep):
     os.truncate(Path(halted.out) / file, keep)
     assert file in refused("sft", halted).removeprefix(f"sft.py: {halted.out}")
     assert (Path(halted.out) / file).stat().st_size == keep
-
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_resume_says_what_has_changed(halted, monkeypatch, capsys, changed):
@@ -395,19 +362,16 @@ def test_resume_says_what_has_changed(halted, monkeypatch, capsys, changed):
     paths = [halted.data, halted.model] if changed else []
     assert sorted(x.split(": ")[1].split()[0] for x in said) == paths
 
-
 def test_ctrl_c_before_the_steps_is_one_line(tmp_path, bad, monkeypatch, capsys):
     act_at(monkeypatch, common, "load_policy", 1, ctrl_c)
     assert command_line(monkeypatch, "sft", sft_config(bad, bad / "SFT", tmp_path / "out")) == 130
     assert capsys.readouterr().err == "sft.py: stopped\n" and not (tmp_path / "out").exists()
-
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, bad, monkeypatch, capsys):
     """Within a --reward_fn, too, whose own SystemExit would be an error."""
     cfg = CONFIGS["ppo"](bad, bad / "SFT", tmp_path / "out", reward_fn=f"{bad / 'rules.py'}:slow")
     assert command_line(monkeypatch, "ppo", cfg) == 130
     assert "rules.py" not in capsys.readouterr().err and not rows_of(cfg.out)
-
 
 @pytest.mark.slow  # it trains the embedded world's first steps
 def test_sigterm_reaches_a_stage_that_ppo_started(tmp_path):
@@ -422,10 +386,6 @@ def test_sigterm_reaches_a_stage_that_ppo_started(tmp_path):
     with open(metrics, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody writes any more
 
-
-# a closed pipe, numbers that are not finite, functions of the user's
-
-
 def test_a_closed_pipe_ends_no_run(tmp_path, bad):
     cfg = sft_config(bad, bad / "SFT", tmp_path / "out")
     nobody, pipe = os.pipe()
@@ -434,7 +394,6 @@ def test_a_closed_pipe_ends_no_run(tmp_path, bad):
     done = subprocess.run([*command, *flags_of(cfg)], env=env, stdout=pipe, stderr=subprocess.PIPE)
     assert done.returncode == 0 and b"Error" not in done.stderr
     assert eval_of(cfg.out) and weights_of(cfg.out)
-
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", STAGES)
@@ -446,7 +405,6 @@ def test_a_run_that_diverges_ends_in_one_line(tmp_path, data, sft_folder, refuse
     assert ("no model is saved" if steps == 1 else "--warmup") in line
     left = set(os.listdir(tmp_path / "out"))
     assert not left & {"eval.json", "model.safetensors", "model.tmp", "config.json"}
-
 
 def test_functions_get_copies(tmp_path, bad):
     prompts, rules = str(bad / "chat_prompts.jsonl"), str(bad / "rules.py")

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from conftest import (
-    QUESTIONS, eval_of, ppo_config, rejection_sample_config, reward_config, rows_of,
-)  # fmt: skip
-from transformers import (
-    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-    LlamaForSequenceClassification, PreTrainedTokenizerFast, pipeline,
-)  # fmt: skip
+from conftest import QUESTIONS, eval_of, make_llama, make_tokenizer, ppo_config
+from conftest import rejection_sample_config, reward_config, rows_of
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import PreTrainedTokenizerFast, pipeline
 
 import common
 import ppo
@@ -18,16 +15,16 @@ import reward
 CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", params=["own_pad", "pad_is_eos", "only_eos"])
-def stages(request, tmp_path_factory, data, tiny_tokenizer, tiny_llama):
+def stages(request, tmp_path_factory, data):
     """Folders of a model and of our reward model on it. Its pad token is its own, or EOS; or EOS
     is all that it has, so that reward.py adds a token and an embedding row."""
-    folder, tokenizer = tmp_path_factory.mktemp(request.param), tiny_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp(request.param), make_tokenizer()
     if request.param == "pad_is_eos":
         tokenizer.pad_token = "<eos>"
     if request.param == "only_eos":
         same = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<eos>")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **same)
-    base = tiny_llama(len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    base = make_llama(len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     cfg = reward_config(data, folder / "base", folder / "rm")
@@ -39,28 +36,17 @@ def stages(request, tmp_path_factory, data, tiny_tokenizer, tiny_llama):
         assert torch.equal(rows[-1], again.lm.get_input_embeddings().weight[-1])
     return cfg.model, cfg.out
 
-def test_our_models_in_plain_transformers(tmp_path, data, stages, monkeypatch):
+def test_our_models_in_plain_transformers(tmp_path, data, stages, asked):
     """The reward model by the policy's ids in ppo.py, and by text in a pipeline, alone and in a
     padded batch; what the policy that ppo.py trains writes."""
-    (base, rm), load, seen = stages, common.load_score, []
-
-    def recorded(*args, **kwargs):
-        score, model = load(*args, **kwargs)
-        assert model is not None  # or it would read the text
-
-        def keep(*asked):
-            seen.append((*asked, score(*asked)))
-            return seen[-1][-1]
-
-        return keep, model
-
-    monkeypatch.setattr(common, "load_score", recorded)
+    (base, rm), load = stages, common.load_score
     cfg = ppo_config(data, base, tmp_path, reward_fn="", reward=rm)
     ppo.main(cfg)
     classify = pipeline("text-classification", rm, function_to_apply="none")
     plain, mean, tokenizer = classify.model, classify.model.config.reward_mean, classify.tokenizer
-    assert len(seen) == 4 and mean != 0  # the held-out prompts before and after, and two steps
-    for _, prompts, responses, scores in seen:
+    assert len(asked) == 4 and mean != 0  # the held-out prompts before and after, and two steps
+    for model, _, prompts, responses, scores in asked:
+        assert model is not None  # or it would read the text
         for prompt, response, score in zip(prompts, responses, scores.tolist(), strict=True):
             hidden = plain.model(torch.tensor([prompt + response])).last_hidden_state
             assert score == pytest.approx(plain.score(hidden)[0, -1].item() - mean, abs=1e-5)
@@ -81,32 +67,6 @@ def test_our_models_in_plain_transformers(tmp_path, data, stages, monkeypatch):
     for prompt, response in zip(prompts, responses, strict=True):
         written = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         assert written[0, len(prompt) :].tolist() == response
-
-def test_a_community_reward_model(tmp_path, data, sft_folder, tiny_tokenizer, tiny_llama):
-    """With its own tokenizer and chat template, as they lie on the hub."""
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    torch.manual_seed(0)
-    theirs = LlamaForSequenceClassification(tiny_llama(300, num_labels=1).config).eval()
-    theirs.save_pretrained(tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
-    path = str(data / "chat_prompts.jsonl")
-    flags = dict(reward_fn="", reward=str(tmp_path / "rm"), max_new_tokens=12)
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", data=path, eval_data=path, **flags)
-    ppo.main(cfg)
-    ended = []
-    for sample in rows_of(cfg.out, "samples"):
-        answer = [dict(role="assistant", content=sample["after"])]
-        text = tokenizer.apply_chat_template(sample["prompt"] + answer, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        scores = [theirs(x).logits.item() for x in (ids, ids[:, :-1])]
-        whole, cut = (abs(score - sample["score_after"]) for score in scores)
-        assert min(whole, cut) < 1e-4 < max(whole, cut)
-        ended.append(whole < cut)  # an answer that was cut is read without its end token
-    assert sum(ended) / len(ended) == pytest.approx(eval_of(cfg.out)["eos_rate_after"])
 
 TRL = dict(
     max_steps=1, report_to=[], save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,

@@ -7,13 +7,15 @@ import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import permutations, product
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import eval_of, letters, rejection_sample_config, rows_of, sft_config
+from conftest import eval_of, letters, plain_logprobs, rejection_sample_config, rows_of, sft_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -105,26 +107,16 @@ def policy_folder(tmp_path_factory, data, tiny_folder):
     sft.main(sft_config(data, tiny_folder, out, steps=12, epochs=10.0))
     return out
 
-def config(files, folder, out, **flags):
-    return rejection_sample_config(files, folder, out, **(dict(max_new_tokens=12) | flags))
+config = partial(rejection_sample_config, max_new_tokens=12)
 
 @pytest.mark.parametrize("loss, micro_tokens", [("sigmoid", 1), ("hinge", 10_000), ("ipo", 99)])
-def test_steps_in_plain_torch(tmp_path, data, policy_folder, monkeypatch, loss, micro_tokens):
+def test_steps_in_plain_torch(tmp_path, data, policy_folder, updates, loss, micro_tokens):
     """Human pairs; loss and gradient by a plain forward a sequence, whatever the micro-batches."""
     path, T, beta = str(data / "pairs.jsonl"), 0.7, 0.3
     cfg = config(
         data, policy_folder, tmp_path / "dpo", pairs=path, eval_data=path, reward_fn="", loss=loss,
         temperature=T, beta=beta, batch_size=12, steps=3, micro_tokens=micro_tokens,
     )  # fmt: skip
-    seen = []
-
-    def keep(parameters, max_norm):
-        parameters = list(parameters)
-        gradient = torch.cat([p.grad.flatten() for p in parameters])
-        seen.append((torch.nn.utils.parameters_to_vector(parameters).detach(), gradient))
-        return gradient.norm()
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
     rs.main(cfg)
     tokenizer, pairs = AutoTokenizer.from_pretrained(cfg.policy), rows_of(data, "pairs")
     ref, plain, final = map(AutoModelForCausalLM.from_pretrained, (cfg.policy, cfg.policy, cfg.out))
@@ -132,14 +124,12 @@ def test_steps_in_plain_torch(tmp_path, data, policy_folder, monkeypatch, loss, 
     def logratios(lm, key):  # log pi(y|x) / pi_ref(y|x) of all 12
         found = []
         for row in pairs:
-            x = tokenizer(row["prompt"])["input_ids"]
-            y = tokenizer(row[key], add_special_tokens=False)["input_ids"] + [2]
-            logits = [m(torch.tensor([x + y])).logits[0, len(x) - 1 : -1] for m in (lm, ref)]
-            ours, theirs = [(z / T).log_softmax(-1)[range(len(y)), y].sum() for z in logits]
+            ours, theirs = (plain_logprobs(m, tokenizer, row["prompt"], row[key], T).sum()
+                            for m in (lm, ref))  # fmt: skip
             found.append(ours - theirs.detach())
         return torch.stack(found)
 
-    for (weights, gradient), metrics in zip(seen, rows_of(cfg.out), strict=True):
+    for (weights, gradient), metrics in zip(updates, rows_of(cfg.out), strict=True):
         torch.nn.utils.vector_to_parameters(weights, plain.parameters())
         up, down = logratios(plain, "chosen"), logratios(plain, "rejected")
         mean = rs.dpo_loss(up, down, torch.zeros(12), torch.zeros(12), beta, loss)
@@ -283,15 +273,11 @@ def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path, best_of_n_run, 
         (tmp_path / "parts" / name).unlink()
     path = tmp_path / "parts/candidates.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]) + b'{"pro')
-    original, sampled = rs.sample_and_score, []
-
-    def counted(sampler, score, prompts, *more):
-        sampled.append(len(prompts))
-        return original(sampler, score, prompts, *more)
-
-    monkeypatch.setattr(rs, "sample_and_score", counted)
+    spy = Mock(wraps=rs.sample_and_score)
+    monkeypatch.setattr(rs, "sample_and_score", spy)
     rs.main(parts)
-    assert sampled == [2, 2, 1]  # the last two prompts, then the three held-out ones
+    # The last two prompts, then the three held-out ones.
+    assert [len(call.args[2]) for call in spy.call_args_list] == [2, 2, 1]
     for name in ("candidates", "eval_candidates", "sft", "dpo", "samples"):
         mine, theirs = (tmp_path / run / f"{name}.jsonl" for run in ("parts", "whole"))
         assert mine.read_bytes() == theirs.read_bytes(), name
