@@ -524,6 +524,8 @@ class Sampler:
         self.visible = None  # during a decode step: (S, 1, 1, kv) cached positions a row may see
         self.graphs = {}  # kv: the decode step over that many cached positions
         self.use_graphs = self.device.type == "cuda"
+        # One memory pool for all of them, as no two run at once.
+        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
         compiled = policy.head_logprobs is not head_logprobs
         self.draw = torch.compile(draw, dynamic=False) if compiled else draw
 
@@ -596,7 +598,7 @@ class Sampler:
         if self.use_graphs:  # it has run once, so nothing is left to compile or to set up
             try:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=self.pool):
                     self.decode(kv)
                 self.graphs[kv] = graph
             except RuntimeError as error:
@@ -625,7 +627,7 @@ class Sampler:
         at = self.length[rows] + self.done[rows]  # of a row that is done, one past its answer
         self.ids[rows, at] = tokens
         self.logprobs[rows, at] = logprobs
-        ended = torch.isin(tokens, self.eos)
+        ended = (tokens[:, None] == self.eos).any(-1)
         ended |= self.length[rows] + 1 - self.start[rows] == self.max_new_tokens
         self.done[rows] |= ended
 

@@ -311,7 +311,7 @@ def graphs(sampler):
             decode(self.kv)
 
     @contextmanager
-    def capture(graph):
+    def capture(graph, pool):
         sampler.decode = partial(setattr, graph, "kv")  # recorded, not run
         yield
         sampler.decode = decode
@@ -426,7 +426,7 @@ def test_dropout_is_zeroed_and_the_model_trains(tmp_path, settings):
     fresh.save_pretrained(tmp_path)
     loaded = (common.load_scorer if encoder else common.load_policy)(tmp_path, CPU)
     assert loaded.lm.training and loaded.lm.dtype == torch.float32
-    assert torch.allclose(loaded.lm(ids).logits, fresh.eval()(ids).logits, atol=1e-5)
+    assert torch.allclose(loaded.lm(ids).logits, fresh.eval()(ids).logits, atol=1e-4)
     assert not encoder or not loaded.reads_tokens
 
 def edit(folder, config={}, weights=lambda w: w):
