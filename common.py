@@ -815,6 +815,10 @@ def make_generator(device, *key):
     """A generator seeded by (seed, step, purpose), so that a resumed run draws the same numbers."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
+def seed_global(*key):
+    """The same for code that draws from the global generators: a --reward_fn, say."""
+    transformers.set_seed(make_generator("cpu", *key, rank()).initial_seed() % 2**32)
+
 def epoch_batch(n, size, step, seed):
     """The rows of batch `step` (from 1) in an endless series of shuffled epochs of n rows."""
     rows = []
@@ -838,6 +842,7 @@ def read_jsonl(path):
             if line.strip():
                 with reading(f"{path}:{number}"):
                     row = json.loads(line.decode("utf-8-sig"))
+                    json.dumps(row, ensure_ascii=False).encode()  # no half of a surrogate pair
                     if not isinstance(row, dict):
                         raise ValueError("expected one JSON object a line")
                 rows.append(row | dict(where=f"{path}:{number}"))
@@ -866,6 +871,8 @@ def prompt_and_responses(row):
     without a prompt. Raises UserError naming line and key.
     """
     where, ranked = row["where"], row.get("responses")
+    if row.get("tools"):
+        raise UserError(f'{where}: "tools" are not passed on to the chat template')
     names = [name for name in ("completion", "response", "messages") if name in row]
     if "chosen" in row or "rejected" in row:
         names = ["chosen", "rejected", *(name for name in names if name == "messages")]
@@ -897,8 +904,10 @@ def shared_length(chosen, rejected):
     """How many characters, or messages, two dialogues share; in text up to the turn in which the
     assistant answers.
     """
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+    n, most = 0, min(len(chosen), len(rejected))
+    if isinstance(chosen, list):
+        most -= 1  # the last message is the answer, even where both are the same
+    while n < most and chosen[n] == rejected[n]:
         n += 1
     if isinstance(chosen, str):
         before, turn, _ = chosen[:n].rpartition("\n\nAssistant:")
@@ -942,7 +951,10 @@ def encode(tokenizer, prompt, response, where="example"):
     up to the token that ends the turn; EOS where the template has none.
     """
     if isinstance(prompt, str) and not isinstance(response, str):
-        response = response[-1].get("content")
+        answer = response[-1]  # of a whole dialogue beside its prompt, too
+        response = answer.get("content")
+        if answer["role"] != "assistant" or not isinstance(response, str) or not response.strip():
+            raise UserError(f"{where}: after a text, the answer must be an assistant's, with text")
     text = response
     if not isinstance(prompt, str):
         turn = response
@@ -1021,8 +1033,11 @@ def stop_ids(lm, tokenizer):
 def function_score(spec, tokenizer):
     """Scores by file.py:function(prompts, responses) -> a number for each response, as text."""
     path, _, name = spec.rpartition(":")
+    if not path:
+        raise UserError(f"{spec}: expected file.py:function")
     path = Path(path).resolve()
     with reading(path, SystemExit):  # the only code that is executed from a path
+        sys.path.append(str(path.parent))  # its neighbours, as for a script
         function = runpy.run_path(str(path)).get(name)
     if not callable(function):
         raise UserError(f"{spec}: no function {name} in that file")
@@ -1109,6 +1124,7 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     ids, questions = [p["ids"] for p in prompts], [p["prompt"] for p in prompts]
     sampler.sync(policy)
     responses, _ = sampler.together(ids, cfg.seed, "answers")
+    seed_global(cfg.seed, "answers")
 
     def kl_of(batch):
         logprobs, _ = policy(batch, cfg.temperature)  # (b, T)
@@ -1169,7 +1185,7 @@ class Settings:
     resume: bool = flag(False, "continue the run in --out")
     overwrite: bool = flag(False, "replace the run in --out")
     save_every: int = flag(200, "steps between checkpoints; 0: only when stopped", least=0)
-    seed: int = flag(0, "of everything that is drawn or shuffled")
+    seed: int = flag(0, "of all that is drawn or shuffled", least=0, most=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     compile: str = flag("auto", "layers; auto: large ones on CUDA", choices=["auto", "on", "off"])
     micro_tokens: int = flag(0, "padded tokens a forward; 0: 8192 on CUDA, 512 on CPU", least=0)
@@ -1204,13 +1220,17 @@ class Run:
         self.asked = math.inf  # when the first signal came
         self.report_due = 0.0
         self.metrics = None
+        if cfg.resume and cfg.overwrite:
+            raise UserError("--resume continues the run, --overwrite replaces it: give one of them")
         free = ("resume", "overwrite", "save_every", "device")  # to change when a run is resumed
         self.settings = {key: value for key, value in asdict(cfg).items() if key not in free}
         sequences = cfg.batch_size // self.settings.get("minibatches", 1)
         if sequences % world_size():
             many = f"{sequences} sequences a step for {world_size()} processes"
             raise UserError(f"--batch_size: {many}, expected a multiple")
-        names = [v for k, v in self.settings.items() if k != "out" and v and isinstance(v, str)]
+        texts = [f.name for f in fields(cfg) if f.type is str and "choices" not in f.metadata]
+        names = [self.settings.get(name) for name in texts if name != "out"]
+        names = [name for name in names if name]
         self.inputs = [Path(name.rpartition(":")[0] or name) for name in names]  # if they exist
         with reading(f"--out {self.out}"):
             taken = self.out.exists() and any(p.suffix != ".tmp" for p in self.out.iterdir())
@@ -1266,7 +1286,8 @@ class Run:
         if rank() == 0 and self.metrics is None and is_run:
             raise UserError(f"--out {self.out}: another run has begun there")
         if rank() == 0 and not (self.cfg.resume and is_run):
-            self.out.mkdir(parents=True, exist_ok=True)
+            with reading(f"--out {self.out}"):
+                self.out.mkdir(parents=True, exist_ok=True)
             # Killed in between, it is the old run or the new one, none that seems to be finished.
             self.remove(OWN_FILES[:-2])
             inputs = {str(path): fingerprint(path) for path in self.inputs if path.exists()}
@@ -1324,9 +1345,7 @@ class Run:
         try:
             for step in range(start + 1, total + 1):
                 self.step, self.began = step, time.perf_counter()
-                # For code that draws from the global generators: a --reward_fn, say.
-                seed = make_generator("cpu", self.cfg.seed, step, rank()).initial_seed()
-                transformers.set_seed(seed % 2**32)
+                seed_global(self.cfg.seed, step)
                 yield step
                 self.bar.update()
                 self.stop_signal = max(gather([self.stop_signal]))  # all stop after the same step

@@ -52,6 +52,8 @@ BAD = [
     ("sft", "--data broken.jsonl", "broken.jsonl:2"),
     ("sft", "--data prompts.jsonl", "prompts.jsonl:1"),
     ("sft", "--max_length 2", "2 tokens"),
+    ("sft", "--resume --overwrite", "give one of them"),
+    ("ppo", "--gold_fn rule.py", "expected file.py:function"),
     ("sft", "--out rule.py", "--out rule.py: NotADirectoryError"),
     ("sft", "--out . --overwrite", "is not empty and holds no run"),
     ("sft", "--out THEIRS --overwrite", "is not empty and holds no run"),
@@ -80,7 +82,7 @@ BAD = [
 LIMITS = """sft lr 0.0, sft lr -1e-3, sft lr inf, sft lr nan, sft lr fast, sft lora_rank -1,
     sft save_every -1, sft batch_size 0, sft device abacus, reward epochs 0, reward loss bradley,
     ppo temperature 0, ppo cliprange 0, ppo gamma 1.01, ppo lam -0.1, ppo objective trpo,
-    rejection_sample rso_beta 0, rejection_sample n -1, rejection_sample beta -0.1,
+    rejection_sample rso_beta 0, rejection_sample n -1, ppo seed -1, rejection_sample beta -0.1,
     rejection_sample loss slic, rejection_sample rank last_round, sft learning_rate 1, ppo ste 1"""
 for name, flag, value in map(str.split, LIMITS.split(",")):
     BAD.append((name, f"--{flag} {value}", f"--{flag}"))
@@ -413,3 +415,8 @@ def test_functions_get_copies(tmp_path, bad):
     STAGES["ppo"].main(cfg)
     assert eval_of(cfg.out)["gold_before"] == eval_of(cfg.out)["gold_after"] == 1
     assert "spoilt" not in (tmp_path / "ppo/samples.jsonl").read_text()
+
+def test_a_folder_may_be_named_like_a_choice(tmp_path, data, sft_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for overwrite in (False, True):
+        STAGES["ppo"].main(CONFIGS["ppo"](data, sft_folder, "clip", steps=1, overwrite=overwrite))
