@@ -832,9 +832,7 @@ def epoch_batch(n, size, step, seed):
 # ------------------------------------------------------------------------------------------- data
 
 def read_jsonl(path):
-    """The objects of a .jsonl or .jsonl.gz file, each with its `where`, "file:line". Raises
-    UserError at the first bad line.
-    """
+    """The objects of a .jsonl(.gz) file, each with its `where`, "file:line". Raises UserError."""
     rows = []
     open_file = gzip.open if str(path).endswith(".gz") else open
     with reading(path), open_file(path, "rb") as file:
@@ -1115,6 +1113,13 @@ def text_scores(reward, tokenizer, prompts, texts, cut):
         scores.append(logits.flatten()[0].float().cpu() - reward.mean)
     return torch.stack(scores)
 
+def logprobs_beside(ref, policy, batch, temperature):
+    """Log-probs of the policy, and without gradients of the frozen reference: (B, T), (B, T)."""
+    logprobs, _ = policy(batch, temperature)
+    with torch.no_grad(), without_adapter(ref):
+        ref_logprobs, _ = ref(batch, temperature)
+    return logprobs, ref_logprobs
+
 @torch.no_grad()
 def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     """Answer `prompts` with a fixed seed. Returns lists over the prompts: the texts, their scores
@@ -1127,9 +1132,7 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     seed_global(cfg.seed, "answers")
 
     def kl_of(batch):
-        logprobs, _ = policy(batch, cfg.temperature)  # (b, T)
-        with without_adapter(ref):
-            ref_logprobs, _ = ref(batch, cfg.temperature)
+        logprobs, ref_logprobs = logprobs_beside(ref, policy, batch, cfg.temperature)
         return (logprobs - ref_logprobs).sum(1)
 
     examples = [join(p, r) for p, r in zip(ids, responses)]
@@ -1188,6 +1191,8 @@ class Settings:
     seed: int = flag(0, "of all that is drawn or shuffled", least=0, most=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     compile: str = flag("auto", "layers; auto: large ones on CUDA", choices=["auto", "on", "off"])
+    lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
+    max_grad_norm: float = flag(1.0, "gradient clipping, L2 norm of each model's", over=0)
     micro_tokens: int = flag(0, "padded tokens a forward; 0: 8192 on CUDA, 512 on CPU", least=0)
     gradient_checkpointing: bool = flag(False, "less memory, slower")
     lora_rank: int = flag(0, "train adapters of this rank, by peft; 0: all weights", least=0)
@@ -1229,9 +1234,9 @@ class Run:
             many = f"{sequences} sequences a step for {world_size()} processes"
             raise UserError(f"--batch_size: {many}, expected a multiple")
         texts = [f.name for f in fields(cfg) if f.type is str and "choices" not in f.metadata]
-        names = [self.settings.get(name) for name in texts if name != "out"]
-        names = [name for name in names if name]
-        self.inputs = [Path(name.rpartition(":")[0] or name) for name in names]  # if they exist
+        names = [self.settings[name] for name in texts if name not in ("out", *free)]
+        # Those that exist; of file.py:function the file.
+        self.inputs = [Path(name.rpartition(":")[0] or name) for name in names if name]
         with reading(f"--out {self.out}"):
             taken = self.out.exists() and any(p.suffix != ".tmp" for p in self.out.iterdir())
         if taken:
@@ -1239,10 +1244,9 @@ class Run:
 
     def check_folder(self):
         """Whether what is in the folder may be resumed or replaced, as the flags say."""
-        path, before = self.out / "run.json", None
-        if path.exists():
-            with reading(path):
-                before = json.loads(path.read_text(encoding="utf-8"))
+        path = self.out / "run.json"
+        with reading(path):
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         if not isinstance(before, dict) or not {"out", "seed", "batch_size", "lr"} <= set(before):
             raise UserError(f"--out {self.out} is not empty and holds no run: choose another --out")
         if self.cfg.overwrite:
@@ -1483,9 +1487,7 @@ def make_missing_stages(cfg):
 # ----------------------------------------------------------------------------------- command line
 
 def choose_device(name):
-    """`auto` is CUDA where there is one; under torchrun each process takes its own. Raises
-    UserError for a device that is not there.
-    """
+    """`auto` is CUDA where there is one, one for each process. UserError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -1517,9 +1519,7 @@ def check_flags(cfg):
                 raise UserError(f"--{setting.name} {value}: expected a number, {what}")
 
 class Output:
-    """stdout that never ends a run: what cannot be encoded is replaced, and what nobody reads any
-    more, as the pipe is closed, goes nowhere.
-    """
+    """stdout that never ends a run: what cannot be encoded is replaced, a closed pipe is left."""
 
     def __init__(self, stream):
         self.stream = stream

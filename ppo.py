@@ -74,13 +74,11 @@ class Config(common.Settings):
     lr: float = flag(7e-4, "policy's peak rate; about 3e-6 for a real model", over=0)
     value_lr: float = flag(1e-3, "value model's; about 1e-5 for a real one", over=0)
     warmup: int = flag(5, "PPO steps of linear warm-up", least=0)
-    lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
     cliprange: float = flag(0.2, "clip: eps of the ratio", over=0, most=1)
     cliprange_value: float = flag(0.2, "how far a value may move in a step", over=0)
     beta: float = flag(1.0, "kl: the first weight of KL(pi_old, pi)", over=0)
     beta_target: float = flag(0.01, "kl: what beta adapts to, nats a token", over=0)
     stop_kl: float = flag(0.0, "end the epochs past this approx_kl; 0: never", least=0)
-    max_grad_norm: float = flag(1.0, "gradient clipping, policy and value apart", over=0)
     ptx_coef: float = flag(0.0, "PPO-ptx: weight of the SFT loss", least=0)
     ptx_data: str = flag(str(common.EMBEDDED / "sft.jsonl"), "for PPO-ptx")
     # the run

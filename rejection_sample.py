@@ -72,8 +72,6 @@ class Config(common.Settings):
     batch_size: int = flag(32, "pairs per optimiser step", over=0)
     lr: float = flag(5e-4, "peak rate; about 1e-6 for a real model", over=0)
     warmup: int = flag(5, "optimiser steps of linear warm-up", least=0)
-    lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
-    max_grad_norm: float = flag(1.0, "gradient clipping, L2 norm", over=0)
     max_length: int = flag(1024, "tokens; longer --pairs are left out", over=1)
     out: str = flag("out/rejection_sample", "folder of the run")
 
@@ -266,19 +264,12 @@ def pair_length(pair):
 
 # 3 Preference step
 
-def summed_logprobs(policy, ref, batch, temperature):
-    """log pi(y|x) and log pi_ref(y|x) of the B responses of a batch: (B,), (B,)."""
-    logprobs, _ = policy(batch, temperature)  # (B, T)
-    with torch.no_grad(), common.without_adapter(ref):
-        ref_logprobs, _ = ref(batch, temperature)
-    return logprobs.sum(1), ref_logprobs.sum(1)
-
 def held_out_accuracy(policy, ref, pairs, cfg):
     """Share of pairs with h > 0: those the policy moved the right way, a tie counts half."""
 
     def logratio(batch):
-        logprobs, ref_logprobs = summed_logprobs(policy, ref, batch, cfg.temperature)
-        return logprobs - ref_logprobs
+        logprobs, ref_logprobs = common.logprobs_beside(ref, policy, batch, cfg.temperature)
+        return logprobs.sum(1) - ref_logprobs.sum(1)
 
     examples = [example for pair in pairs for example in pair]
     up, down = common.per_sequence(logratio, examples, cfg, policy.lm.device).view(-1, 2).unbind(1)
@@ -411,9 +402,9 @@ def main(cfg):
             totals = {}
             for part in common.micro_batches(rows, lengths, common.token_budget(cfg, device)):
                 batch = common.collate([example for row in part for example in pairs[row]], device)
-                logprobs, ref_logprobs = summed_logprobs(policy, ref, batch, cfg.temperature)
-                chosen, rejected = logprobs.view(-1, 2).unbind(1)  # (b,), (b,)
-                ref_chosen, ref_rejected = ref_logprobs.view(-1, 2).unbind(1)
+                logprobs, ref_logprobs = common.logprobs_beside(ref, policy, batch, cfg.temperature)
+                chosen, rejected = logprobs.sum(1).view(-1, 2).unbind(1)  # (b,), (b,)
+                ref_chosen, ref_rejected = ref_logprobs.sum(1).view(-1, 2).unbind(1)
                 loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss)
                 share = len(part) / len(rows)  # every pair weighs the same
                 (loss * share).backward()

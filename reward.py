@@ -41,8 +41,6 @@ class Config(common.Settings):
     batch_size: int = flag(32, "judgements per optimiser step", over=0)
     lr: float = flag(2e-3, "peak rate; about 2e-5 for a real model", over=0)
     warmup: int = flag(10, "optimiser steps of linear warm-up", least=0)
-    lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
-    max_grad_norm: float = flag(1.0, "gradient clipping, L2 norm", over=0)
     out: str = flag("out/reward", "folder of the run")
 
 # The three losses of the lecture: pure functions

@@ -36,8 +36,6 @@ class Config(common.Settings):
     batch_size: int = flag(32, "demonstrations per optimiser step", over=0)
     lr: float = flag(5e-3, "peak rate; about 1e-5 for a real model", over=0)
     warmup: int = flag(20, "optimiser steps of linear warm-up", least=0)
-    lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
-    max_grad_norm: float = flag(1.0, "gradient clipping, L2 norm", over=0)
     out: str = flag("out/sft", "folder of the run")
 
 def texts_of(rows):

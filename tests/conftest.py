@@ -209,4 +209,4 @@ def fork():
             bar.monitor.exit()
             bar.monitor = None
         bar.set_lock(threading.RLock())
-    return os.fork()
+    return os.fork() or torch.set_num_threads(1) or 0  # torch's pool anew, before two threads do
