@@ -830,9 +830,14 @@ def epoch_batch(n, size, step, seed):
     return rows
 
 # ------------------------------------------------------------------------------------------- data
+# A line of a data file becomes a row: its keys, and its `where`, "file:line". A prompt or response
+# is text, or chat messages, which go to the chat template with all they hold and the row's `tools`.
+
+class Unlearnable(UserError):
+    """A line that is left out and counted: nothing can be learned from it."""
 
 def read_jsonl(path):
-    """The objects of a .jsonl(.gz) file, each with its `where`, "file:line". Raises UserError."""
+    """The rows of a .jsonl(.gz) file. Raises UserError."""
     rows = []
     open_file = gzip.open if str(path).endswith(".gz") else open
     with reading(path), open_file(path, "rb") as file:
@@ -863,40 +868,73 @@ def read_split(path, eval_path, embedded_eval):
     print(f"no --eval_data: the last {held_out} of {len(rows)} lines of {path} are held out")
     return rows[:-held_out], rows[-held_out:]
 
+def read_all(rows, read, max_tokens, what):
+    """The items of all rows, read(row) -> (item, its length in tokens), but for those that are too
+    long or unlearnable: says how many, in one line. UserError if that is all of them.
+    """
+    items, too_long, unlearnable = [], 0, []
+    for row in rows:
+        try:
+            item, length = read(row)
+        except Unlearnable as error:
+            unlearnable.append(error)
+            continue
+        if length <= max_tokens:
+            items.append(item)
+        else:
+            too_long += 1
+    why = [f"{too_long} longer than {max_tokens} tokens"] if too_long else []
+    why += [f"{len(unlearnable)} such as {unlearnable[0]}"] if unlearnable else []
+    left_out = f"{len(rows) - len(items)} of {len(rows)} {what} left out: {'; '.join(why)}"
+    if not items:
+        raise UserError(left_out)
+    if why:
+        print(left_out)
+    return items
+
 def prompt_and_responses(row):
     """The prompt of a line of any form, and its responses: one completion, chosen and rejected, K
-    of a ranking, or none. Each is text or chat messages. HH-RLHF's own pairs are whole dialogues
-    without a prompt. Raises UserError naming line and key.
+    of a ranking, or none. Raises UserError naming line and key.
     """
-    where, ranked = row["where"], row.get("responses")
-    if row.get("tools"):
-        raise UserError(f'{where}: "tools" are not passed on to the chat template')
-    names = [name for name in ("completion", "response", "messages") if name in row]
+    where = row["where"]
+    if "conversations" in row:
+        how = '"messages", each with "role" (user or assistant) and "content"'
+        raise UserError(f'{where}: "conversations" of "from" and "value": rename them to {how}')
     if "chosen" in row or "rejected" in row:
-        names = ["chosen", "rejected", *(name for name in names if name == "messages")]
-    parts = {name: row.get(name) for name in ("prompt", *names) if name in row or name in names}
-    if isinstance(ranked, list):
-        parts |= {f"responses[{i}]": response for i, response in enumerate(ranked)}
-    for name, value in parts.items():
-        turns = value if isinstance(value, list) else [None]
-        messages = all(isinstance(turn, dict) and "role" in turn for turn in turns)
+        names = ["chosen", "rejected"]
+    else:
+        names = [name for name in ("completion", "response") if name in row]
+    responses = {name: row.get(name) for name in names}
+    if isinstance(row.get("responses"), list):
+        responses |= {f"responses[{i}]": text for i, text in enumerate(row["responses"])}
+    prompts = {name: row[name] for name in ("prompt", "messages") if name in row}
+    for name, value in (prompts | responses).items():
+        messages = isinstance(value, list) and all(map(is_message, value))
         if not messages and not (isinstance(value, str) and name != "messages"):
             raise UserError(f'{where}: "{name}" is not text, nor a list of chat messages')
-        if not (value if messages else value.strip()):
-            raise UserError(f'{where}: "{name}" is empty')
-    dialogue = parts.pop("messages", [])
-    if "prompt" not in parts and dialogue:
-        while dialogue and dialogue[-1]["role"] == "assistant":
-            dialogue = dialogue[:-1]
-        parts = dict(prompt=dialogue)
-    elif list(parts) == ["chosen", "rejected"]:
-        n = shared_length(*parts.values())
-        prompt = row["chosen"][:n]
-        parts = dict(prompt=prompt) | {name: value[n:] for name, value in parts.items()}
-    if not all(parts.values()) or "prompt" not in parts:
+    prompt, answers = row.get("prompt"), list(responses.values())
+    if "messages" in row and (prompt is None or not answers):
+        prompt = row["messages"]
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+    # Pairs may be whole dialogues, without a prompt (HH-RLHF) or with it once more (UltraFeedback).
+    starts = [answer[0]["role"] for answer in answers if isinstance(answer, list) and answer]
+    dialogues = len(starts) == 2 and "assistant" not in starts
+    if "chosen" in responses and (prompt is None or dialogues):
+        n = shared_length(*answers)
+        prompt, answers = answers[0][:n] or None, [answer[n:] for answer in answers]
+    if prompt is None:
         keys = ", ".join(key for key in row if key != "where")
         raise UserError(f'{where}: no "prompt", and none to be found in its keys: {keys}')
-    return parts.pop("prompt"), list(parts.values())
+    return prompt, answers
+
+def is_message(turn):
+    """Whether it is a chat message whose content, if any, is text or a list of texts."""
+    if not isinstance(turn, dict) or "role" not in turn:
+        return False
+    content = turn.get("content") or ""
+    parts = content if isinstance(content, list) else [dict(text=content)]
+    return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
 
 def shared_length(chosen, rejected):
     """How many characters, or messages, two dialogues share; in text up to the turn in which the
@@ -912,121 +950,188 @@ def shared_length(chosen, rejected):
         n = len(before + turn)  # 0 where there is no such turn
     return n
 
+def content_of(message):
+    """The text of a chat message, whose content may be null or a list of parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
 def as_text(prompt):
     """A prompt that may be chat messages."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message.get('content')}" for message in prompt)
+    return "\n".join(f"{message['role']}: {content_of(message)}" for message in prompt)
 
 def tokenize(tokenizer, text, where, special=False):
-    with reading(where):  # a lone surrogate, say, or an answer that is null
+    with reading(where):
         return tokenizer(text, add_special_tokens=special)["input_ids"]
 
-def render(tokenizer, messages, where, generation=False):
-    """Chat messages as text, by the template; with `generation` up to where an answer begins."""
+def render(tokenizer, messages, row, **how):
+    """Chat messages as text, by the template."""
+    where = row["where"]
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: chat messages, but the tokenizer has no chat template")
-    how = dict(tokenize=False, add_generation_prompt=generation)
-    with reading(f"{where}: the chat template"):
-        return tokenizer.apply_chat_template(messages, **how)
+    how |= dict(tools=row.get("tools") or None, tokenize=False)
+    # Few templates know what to do with null or a list.
+    messages = [message | dict(content=content_of(message)) for message in messages]
+    try:
+        with reading(f"{where}: the chat template"):
+            return tokenizer.apply_chat_template(messages, **how)
+    except UserError as error:
+        roles = [message["role"] for message in messages if message["role"] != "system"]
+        if roles[:1] in ([], ["assistant"]):  # few templates have a place for that
+            raise Unlearnable(str(error)) from error
+        raise
 
-def encode_prompt(tokenizer, prompt, where="prompt"):
+def render_prompt(tokenizer, prompt, row):
+    """The same up to where the answer begins; the assistant's own last message is continued."""
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return render(tokenizer, prompt, row, add_generation_prompt=True)
+    begun = content_of(prompt[-1])
+    if not begun or prompt[-1].get("tool_calls"):
+        what = "ends with an assistant message, which is to be continued, but has no text"
+        raise UserError(f"{row['where']}: the prompt {what}, or a tool call")
+    try:
+        return render(tokenizer, prompt, row, continue_final_message=True)
+    except UserError:  # of a template that rewrites it
+        return render(tokenizer, prompt[:-1], row, add_generation_prompt=True) + begun
+
+ALONE = dict(where="example")  # the row of what is in no file
+
+def encode_prompt(tokenizer, prompt, row=ALONE):
     """Token ids: text with its special tokens (no EOS), messages through the chat template."""
-    if isinstance(prompt, str):
-        ids = tokenize(tokenizer, prompt, where, special=True)
-        while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
-    else:
-        text = render(tokenizer, prompt, where, generation=True)
-        ids = tokenize(tokenizer, text, where)
-    if not ids:
-        raise UserError(f"{where}: the prompt has no tokens")
+    if isinstance(prompt, list):
+        return tokenize(tokenizer, render_prompt(tokenizer, prompt, row), row["where"])
+    ids = tokenize(tokenizer, prompt, row["where"], special=True)
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
     return ids
 
-def encode(tokenizer, prompt, response, where="example"):
+def encode(tokenizer, prompt, response, row=ALONE, ends=()):
     """Prompt and response as an example. The response is tokenised apart from the prompt, as
-    generation sees it, and ends with EOS. After messages it is what the chat template adds to them,
-    up to the token that ends the turn; EOS where the template has none.
+    generation sees it. After text it ends with EOS; after messages it is what the chat template
+    adds to them, up to the token at which generation ends: one of the ids `ends`, else the special
+    token that the turn ends with, else EOS.
     """
-    if isinstance(prompt, str) and not isinstance(response, str):
-        answer = response[-1]  # of a whole dialogue beside its prompt, too
-        response = answer.get("content")
-        if answer["role"] != "assistant" or not isinstance(response, str) or not response.strip():
-            raise UserError(f"{where}: after a text, the answer must be an assistant's, with text")
-    text = response
-    if not isinstance(prompt, str):
-        turn = response
-        if isinstance(response, str):
-            turn = [dict(role="assistant", content=response)]
-        if [message["role"] for message in turn] != ["assistant"]:
-            raise UserError(f"{where}: a response in messages must be one assistant message")
-        before = render(tokenizer, prompt, where, generation=True)
-        text = render(tokenizer, prompt + turn, where)
-        if not text.startswith(before):
-            raise UserError(f"{where}: the chat template rewrites what came before an answer")
-        text = text[len(before) :]
-    ids = tokenize(tokenizer, text, where)
-    special_ids = set(tokenizer.all_special_ids)
-    special = [i for i, token in enumerate(ids) if token in special_ids]
-    if special and not isinstance(prompt, str):
-        ids = ids[: special[-1] + 1]
+    where = row["where"]
+    turn = dict(role="assistant", content=response)
+    if isinstance(response, list):
+        if [message["role"] for message in response] != ["assistant"]:
+            raise UserError(f"{where}: a response in messages must be one, of the assistant")
+        turn = response[0]
+    if isinstance(prompt, list):
+        before, after = render_turn(tokenizer, prompt, turn, row)
+        prompt_ids = tokenize(tokenizer, before, where)
+        ids = tokenize(tokenizer, after, where)
+        n = turn_length(tokenizer, ids, ends)
+    elif turn.get("tool_calls"):
+        raise UserError(f"{where}: a tool call needs a prompt in messages")
+    else:
+        prompt_ids = encode_prompt(tokenizer, prompt, row)
+        ids, n = tokenize(tokenizer, content_of(turn), where), None
+    if n is not None:
+        ids = ids[:n]
     elif tokenizer.eos_token_id is not None:  # another reward model's tokenizer may have none
         ids = ids + [tokenizer.eos_token_id]
-    return join(encode_prompt(tokenizer, prompt, where), ids)
+    example = join(prompt_ids, ids)
+    example["mask"][:1] = [0]  # a first token has no log-prob
+    if not any(example["mask"]) and tokenizer.eos_token_id is not None:
+        raise Unlearnable(f"{where}: no token to learn")
+    return example
 
-def load_demonstrations(rows, tokenizer, max_tokens):
+def render_turn(tokenizer, prompt, turn, row):
+    """A prompt and the assistant's turn after it, by the template: two texts."""
+    history, begun = prompt, ""
+    if prompt and prompt[-1]["role"] == "assistant":  # the turn continues it
+        history, begun = prompt[:-1], content_of(prompt[-1])
+        turn = turn | dict(content=begun + content_of(turn))
+    before = render_prompt(tokenizer, prompt, row) if prompt else None
+    whole = render(tokenizer, history + [turn], row)
+    if before is None or not whole.startswith(before):
+        # No prompt, or one that the template rewrites: what stands before another answer, too.
+        other = dict(role="assistant", content=begun + "\N{REPLACEMENT CHARACTER}")
+        before = os.path.commonprefix([whole, render(tokenizer, history + [other], row)])
+    return before, whole[len(before) :]
+
+def turn_length(tokenizer, ids, ends):
+    """How many of a rendered turn's ids there are until generation would end; None if it would not:
+    the template has no token for that.
+    """
+    for i, token in enumerate(ids):
+        if token in ends:
+            return i + 1
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    at = [i for i, token in enumerate(ids) if token in special.union(tokenizer.all_special_ids)]
+    if at and not tokenizer.decode(ids[at[-1] + 1 :]).strip():  # a template may add a newline
+        return at[-1] + 1
+    return None
+
+def load_demonstrations(rows, tokenizer, ends, max_tokens):
     """Examples of SFT data: prompt and completion, a pair's chosen answer, or messages, of which
     each assistant turn is an example of its own, after the history as the template renders it
     (Qwen3's drops what was thought before).
     """
-    examples = []
+    demonstrations = []
     for row in rows:
         prompt, responses = prompt_and_responses(row)
         pairs = [(prompt, response) for response in responses[:1]]
-        if "messages" in row:
+        if not pairs and "messages" in row:
             turns = row["messages"]
             answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-            pairs = [(turns[:i], turns[i : i + 1]) for i in answers if i]  # not before any other
+            pairs = [(turns[:i], turns[i : i + 1]) for i in answers]
         if not pairs:
             raise UserError(f"{row['where']}: no completion and no assistant message to learn from")
-        examples += [encode(tokenizer, *pair, row["where"]) for pair in pairs]
-    lengths = [len(example["ids"]) for example in examples]
-    return keep_short(examples, lengths, max_tokens, "demonstrations")
+        demonstrations += [(*pair, row) for pair in pairs]
+
+    def read(demonstration):
+        example = encode(tokenizer, *demonstration, ends)
+        return example, len(example["ids"])
+
+    return read_all(demonstrations, read, max_tokens, "demonstrations")
 
 def load_prompts(rows, tokenizer, cfg, *models):
-    """Rows of any data file -> their prompts, tokenised; their `kind` and `task` stay with them.
+    """Rows of any data file -> their prompts, tokenised as `ids`; all else of a row stays with it.
     Those that leave one of the models no room for an answer are left out.
     """
     room = min(context_length(model.lm) for model in models) - cfg.max_new_tokens
     if room <= 0:
         raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: a model's context is no longer")
-    prompts = []
-    for row in rows:
-        prompt, _ = prompt_and_responses(row)
-        prompts.append(dict(row, prompt=prompt, ids=encode_prompt(tokenizer, prompt, row["where"])))
-    lengths = [len(row["ids"]) for row in prompts]
-    return keep_short(prompts, lengths, min(cfg.max_prompt_tokens, room), "prompts")
+    embeddings = [model.lm.get_input_embeddings().num_embeddings for model in models]
+    if min(embeddings) < embeddings[0]:
+        raise UserError("--ref or --value: it has fewer embeddings than the policy")
 
-def keep_short(items, lengths, max_tokens, what):
-    """The items of at most `max_tokens`; says how many were dropped. UserError if all were."""
-    short = [item for item, length in zip(items, lengths) if length <= max_tokens]
-    if not short:
-        raise UserError(f"all {len(items)} {what} are longer than {max_tokens} tokens")
-    if len(short) < len(items):
-        dropped = len(items) - len(short)
-        print(f"{dropped} of {len(items)} {what} left out: longer than {max_tokens} tokens")
-    return short
+    def read(row):
+        prompt, _ = prompt_and_responses(row)
+        ids = encode_prompt(tokenizer, prompt, row)
+        if not ids:
+            raise Unlearnable(f"{row['where']}: the prompt has no tokens")
+        return row | dict(prompt=prompt, ids=ids), len(ids)
+
+    return read_all(rows, read, min(cfg.max_prompt_tokens, room), "prompts")
 
 def stop_ids(lm, tokenizer):
-    """What ends a response: the generation config's EOS ids, the tokenizer's, the template's."""
-    ids = lm.generation_config.eos_token_id or []
-    ids = {tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids)}
+    """What ends a response: the EOS ids of the generation config and of the tokenizer, and what the
+    chat template ends a turn with.
+    """
+    if lm.can_generate():
+        config = lm.generation_config
+    else:
+        try:  # the causal LM's, of whose folder a new reward model is made
+            config = transformers.GenerationConfig.from_pretrained(lm.name_or_path)
+        except OSError:
+            config = lm.config
+    ids = config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
     with suppress(UserError):  # only messages need the template, and they will say so
-        ids.add(encode(tokenizer, [dict(role="user", content="a")], "b")["ids"][-1])
+        question, answer = (dict(role=role, content="a") for role in ("user", "assistant"))
+        _, after = render_turn(tokenizer, [question], answer, ALONE)
+        turn = tokenize(tokenizer, after, "the chat template")
+        if n := turn_length(tokenizer, turn, ids):
+            ids.add(turn[n - 1])
     return sorted(ids)
 
 # ----------------------------------------------------------------------------- scores and answers
-# A score is a function: score(prompts as they stand in the data, prompt_ids, responses) -> (B,).
+# A score is a function: score(prompts, responses) -> (B,), of rows as `load_prompts` returns them,
+# and of token ids.
 
 def function_score(spec, tokenizer):
     """Scores by file.py:function(prompts, responses) -> a number for each response, as text."""
@@ -1040,14 +1145,14 @@ def function_score(spec, tokenizer):
     if not callable(function):
         raise UserError(f"{spec}: no function {name} in that file")
 
-    def score(prompts, prompt_ids, responses):
-        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+    def score(prompts, responses):
         mine = slice(rank(), None, world_size())
-        prompts, texts = copy.deepcopy((prompts[mine], texts[mine]))  # it may change its own
+        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses[mine]]
+        questions = copy.deepcopy([row["prompt"] for row in prompts[mine]])  # it may change its own
         n, scores = len(texts), []
         if n:
             with reading(path, SystemExit):
-                scores = [float(number) for number in function(prompts, texts)]
+                scores = [float(number) for number in function(questions, texts)]
             if len(scores) != n or not all(map(math.isfinite, scores)):
                 raise UserError(f"{spec}: expected {n} finite scores, got {scores[:8]}")
         return torch.tensor(gather(scores))
@@ -1059,32 +1164,37 @@ def load_gold(cfg, data, tokenizer):
     own = f"{EMBEDDED / 'hhh.py'}:gold_score" if is_embedded(data) else ""
     return function_score(cfg.gold_fn or own, tokenizer) if cfg.gold_fn or own else None
 
-def load_score(cfg, tokenizer, device, adapters=False):
+def load_score(cfg, policy, tokenizer, adapters=False):
     """By --reward_fn or --reward: (score, the reward model, or None where it does not read the
     policy's own tokens). With `adapters` it gets those of --lora_rank, which scoring ignores.
     """
+    device = policy.lm.device
     if cfg.reward_fn:
         return function_score(cfg.reward_fn, tokenizer), None
     reward = load_scorer(cfg.reward, device, frozen_dtype(device))
     reward.requires_grad_(False)
-    own = load_tokenizer(cfg.reward)
+    own, stops = load_tokenizer(cfg.reward), stop_ids(policy.lm, tokenizer)
     ids_of = own.get_vocab()
     same = all(ids_of.get(token) == i for token, i in tokenizer.get_vocab().items())
-    same = same and reward.reads_tokens
+    # A policy may sample ids that its tokenizer does not have, too.
+    rows, needed = (m.lm.get_input_embeddings().num_embeddings for m in (reward, policy))
+    same = same and reward.reads_tokens and rows >= needed
     if same and adapters and cfg.lora_rank:
         add_lora(reward, cfg)
     elif same:
         prepare(reward, cfg)
 
-    def score(prompts, prompt_ids, responses):
+    def score(prompts, responses):
         if same:
-            examples = [join(p, r) for p, r in zip(prompt_ids, responses)]
+            examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
             with without_adapter(reward):
                 scores = per_sequence(reward.last, examples, cfg, device)
         else:
             texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-            cut = [r[-1] not in tokenizer.all_special_ids for r in responses]
-            scores = text_scores(reward, own, prompts, texts, cut)
+            cut = [r[-1] not in stops for r in responses]
+            # If its template refuses a prompt, say whose.
+            rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
+            scores = text_scores(reward, own, rows, texts, cut)
         if not scores.isfinite().all():
             raise UserError(f"{cfg.reward}: it gives scores that are not finite numbers")
         return scores
@@ -1098,13 +1208,16 @@ def text_scores(reward, tokenizer, prompts, texts, cut):
     was `cut`; an encoder reads the last message and the response as a text pair.
     """
     lm, scores = reward.lm, []
-    for prompt, text, was_cut in zip(prompts, texts, cut):
+    ends = stop_ids(lm, tokenizer)
+    for row, text, was_cut in zip(prompts, texts, cut):
         if reward.reads_tokens:
-            ids = encode(tokenizer, prompt, text)["ids"]
-            ended = ids[-1] in tokenizer.all_special_ids  # no EOS token, no end
-            inputs = dict(input_ids=torch.tensor([ids[:-1] if was_cut and ended else ids]))
+            ids = encode(tokenizer, row["prompt"], text, row, ends)["ids"]
+            if was_cut and ids[-1] in ends:
+                ids = ids[:-1]
+            inputs = dict(input_ids=torch.tensor([ids]))
         else:
-            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            prompt = row["prompt"]
+            question = prompt if isinstance(prompt, str) else content_of(prompt[-1])
             longest = min(context_length(lm), tokenizer.model_max_length)
             how = dict(truncation=True, max_length=longest, return_tensors="pt")
             inputs = tokenizer(question, text, **how)
@@ -1126,7 +1239,7 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     before any penalty and gold scores, empty where there is no judge, whether they ended by
     themselves, and their KL to the reference in nats.
     """
-    ids, questions = [p["ids"] for p in prompts], [p["prompt"] for p in prompts]
+    ids = [prompt["ids"] for prompt in prompts]
     sampler.sync(policy)
     responses, _ = sampler.together(ids, cfg.seed, "answers")
     seed_global(cfg.seed, "answers")
@@ -1138,8 +1251,8 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     examples = [join(p, r) for p, r in zip(ids, responses)]
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
-        scores=score(questions, ids, responses).tolist() if score else [],
-        gold=gold(questions, ids, responses).tolist() if gold else [],
+        scores=score(prompts, responses).tolist() if score else [],
+        gold=gold(prompts, responses).tolist() if gold else [],
         ended=[r[-1] in sampler.eos_ids for r in responses],
         kl=per_sequence(kl_of, examples, cfg, policy.lm.device).tolist(),
     )
@@ -1159,7 +1272,7 @@ def compare(prompts, **answers):
                 row[f"score_{name}"] = answer["scores"][i]
                 seen.setdefault(f"score_{name}", []).append(answer["scores"][i])
             if answer["gold"]:
-                for group in (None, prompt.get("kind"), prompt.get("task")):
+                for group in dict.fromkeys((None, prompt.get("kind"), prompt.get("task"))):
                     key = f"gold_{name}" if group is None else f"gold_{name}_{group}"
                     seen.setdefault(key, []).append(answer["gold"][i] >= 0.5)
     return rows, dict(n=len(prompts)) | {key: sum(x) / len(x) for key, x in seen.items()}

@@ -13,7 +13,9 @@ the policy pi, its frozen reference, the frozen reward model, the value model V.
                   plus the score on the last token
     3 advantages  A_t = Q(s_t, a_t) - V(s_t), estimated by GAE:
                   delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  A_t = delta_t + gamma lam A_{t+1};
-                  the return A_t + V(s_t) is what V is to learn
+                  the return A_t + V(s_t) is what V is to learn. Or, with --advantage group and no
+                  value model, an answer's sum of r_t, less the mean of the other answers to its
+                  prompt
     4 K epochs    on the ratio rho_t = pi(a_t|s_t) / pi_old(a_t|s_t), importance sampling, which
                   lets one rollout serve several updates. The objective is one of
                       clip  E[min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t)]   (8.20)
@@ -25,7 +27,7 @@ the policy pi, its frozen reference, the frozen reward model, the value model V.
 Where this departs from the papers:
     1 Old log-probs come from the training forward, not from the sampler: every ratio starts at 1.
     2 Policy and value are separate models with separate optimisers, so no weight balances them.
-    3 Advantages are whitened over the whole rollout; rewards are not.
+    3 Rewards are not whitened, advantages only with --whiten.
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
     5 An answer cut at --max_new_tokens loses --missing_eos_penalty from its score.
     6 For (8.21), beta adapts to the KL that the last minibatch measured, before its own update: it
@@ -33,7 +35,7 @@ Where this departs from the papers:
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -54,7 +56,7 @@ class Config(common.Settings):
     gold_fn: str = flag("", "file.py:function that judges answers in evaluation")
     max_prompt_tokens: int = flag(512, "longer prompts are left out", over=0)
     # 1 sample
-    steps: int = flag(40, "PPO steps", over=0)
+    steps: int = flag(60, "PPO steps", over=0)
     batch_size: int = flag(128, "episodes a step", over=0)
     max_new_tokens: int = flag(48, "longest response, tokens", over=0)
     temperature: float = flag(1.0, "in sampling and in every log-prob", over=0)
@@ -65,14 +67,18 @@ class Config(common.Settings):
     kl_target: float = flag(0.0, "adapt kl_coef to this, nats a response; 0: no", least=0)
     kl_horizon: int = flag(10000, "episodes over which kl_coef adapts", over=0)
     # 3 advantages
+    advantage: str = flag("gae", "gae: a value model; group: none", choices=["gae", "group"])
+    group: int = flag(4, "group: answers to each prompt", over=1)
     gamma: float = flag(1.0, "discount per token", over=0, most=1)
     lam: float = flag(0.95, "GAE: 0 trusts the value model, 1 the return", least=0, most=1)
+    whiten: bool = flag(False, "advantages to mean 0 and variance 1 over the rollout")
     # 4 K epochs
     objective: str = flag("clip", "(8.20), (8.21) or (8.8)", choices=["clip", "kl", "pg"])
-    ppo_epochs: int = flag(4, "K, passes over each rollout; pg takes one", over=0)
+    ppo_epochs: int = flag(2, "K, passes over each rollout; pg takes one", over=0)
     minibatches: int = flag(1, "optimiser steps a pass", over=0)
-    lr: float = flag(7e-4, "policy's peak rate; about 3e-6 for a real model", over=0)
+    lr: float = flag(1e-3, "policy's peak rate; about 3e-6 for a real model", over=0)
     value_lr: float = flag(1e-3, "value model's; about 1e-5 for a real one", over=0)
+    value_warmup: int = flag(0, "first steps, in which only the value model learns", least=0)
     warmup: int = flag(5, "PPO steps of linear warm-up", least=0)
     cliprange: float = flag(0.2, "clip: eps of the ratio", over=0, most=1)
     cliprange_value: float = flag(0.2, "how far a value may move in a step", over=0)
@@ -101,6 +107,14 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     last = (mask * positions).argmax(1)  # (B,): the last one where the mask is 1
     rewards[torch.arange(len(scores), device=mask.device), last] += scores
     return rewards
+
+def group_advantages(rewards, mask, group):
+    """RLOO (Ahmadian et al. 2024): an episode's total reward, less the mean total of the other
+    answers to the same prompt, on each of its tokens: (B, T). A group is `group` rows in a row.
+    """
+    totals = rewards.sum(1).view(-1, group)  # (B / group, group)
+    others = (totals.sum(1, keepdim=True) - totals) / (group - 1)
+    return (totals - others).view(-1, 1) * mask
 
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, objective="clip", cliprange=0.2, beta=0.0
@@ -132,9 +146,7 @@ def policy_loss(
     return -mean(gain), stats
 
 def value_loss(values, old_values, returns, mask, cliprange_value=0.2):
-    """Half the squared error, the larger of the unclipped and the clipped value's (PPO2): (loss,
-    clipfrac).
-    """
+    """(loss, clipfrac): half the squared error, the larger of the unclipped and clipped value's."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(error, clipped_error), mask)
@@ -161,6 +173,25 @@ def state_values(outputs):
     """
     return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
 
+def load_value(cfg, reward, device):
+    """The value model: --value, or else it starts as the reward model does, and where there is none
+    that reads the policy's tokens, from the policy with a head of zeros.
+    """
+    dtype = common.trained_dtype(cfg, device)
+    if cfg.value:
+        value = common.load_scorer(cfg.value, device, dtype)
+        if not value.reads_tokens:
+            raise common.UserError(f"--value {cfg.value}: not causal, so no value for each token")
+    elif reward and cfg.lora_rank:
+        return reward  # with adapters, which scoring ignores
+    elif reward:
+        value = common.load_scorer(cfg.reward, device, dtype)
+    else:
+        print("the value model starts from the policy with a zero head")
+        value = common.load_scorer(cfg.policy, device, dtype, new_head=True)
+    common.add_lora(value, cfg)
+    return value
+
 def ptx_backward(policy, demonstrations, number, totals, cfg):
     """PPO-ptx (InstructGPT, eq. 2): add the gradient of the SFT loss on batch `number` of the
     demonstrations, which keeps what was learned.
@@ -185,10 +216,10 @@ def trace_table(tokenizer, rollout):
         "ref_logprob": rollout["ref_logprobs"],
         "kl": rollout["old_logprobs"] - rollout["ref_logprobs"],
         "reward": rollout["rewards"],
-        "value": rollout["old_values"],
-        "advantage": rollout["returns"] - rollout["old_values"],  # before whitening
-        "return": rollout["returns"],
+        "advantage": rollout["advantages"],
     }
+    if "returns" in rollout:
+        columns |= {"value": rollout["old_values"], "return": rollout["returns"]}
     lines = ["token".rjust(14) + "".join(name.rjust(12) for name in columns)]
     for t in rollout["mask"][0].nonzero().flatten().tolist():
         numbers = "".join(f"{column[0, t].item():12.4f}" for column in columns.values())
@@ -205,24 +236,32 @@ def rollout_metrics(rollout, sampler_logprobs):
     mask = rollout["mask"]
     # Both list the response tokens of the first episode, then of the second, ...
     gaps = (torch.tensor(sampler_logprobs) - rollout["old_logprobs"][mask.bool()]).abs()
-    error = masked_variance(rollout["returns"] - rollout["old_values"], mask)
-    variance = masked_variance(rollout["returns"], mask)
-    return dict(
+    metrics = dict(
         kl=(rollout["old_logprobs"] - rollout["ref_logprobs"]).sum(1).mean().item(),
         reward=rollout["rewards"].sum(1).mean().item(),
         entropy=masked_mean(rollout["entropy"], mask).item(),
-        explained_variance=1 - (error / (variance + 1e-8)).item(),
         response_len=mask.sum(1).mean().item(),
         sampler_gap=gaps.mean().item(),
         sampler_gap_max=gaps.max().item(),
     )
+    if "returns" in rollout:
+        error = masked_variance(rollout["returns"] - rollout["old_values"], mask)
+        variance = masked_variance(rollout["returns"], mask)
+        metrics["explained_variance"] = 1 - (error / (variance + 1e-8)).item()
+    return metrics
 
 # Algorithm 1
 
 def main(cfg):
-    if cfg.batch_size % cfg.minibatches:
-        sizes = f"--batch_size {cfg.batch_size}, --minibatches {cfg.minibatches}"
-        raise common.UserError(f"{sizes}: the one is not divisible by the other")
+    answers = cfg.group if cfg.advantage == "group" else 1  # to each prompt of a rollout
+    for name, number in dict(minibatches=cfg.minibatches, group=answers).items():
+        if cfg.batch_size % number:
+            raise common.UserError(f"--batch_size: expected a multiple of --{name} {number}")
+    if cfg.advantage == "group":
+        names = ["gamma", "lam", "whiten", "value", "value_lr", "value_warmup", "cliprange_value"]
+        given, default = asdict(cfg), asdict(Config())
+        if unused := [f"--{name}" for name in names if given[name] != default[name]]:
+            print(f"--advantage group has no value model and no use for {', '.join(unused)}")
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_prompts.jsonl")
@@ -233,7 +272,6 @@ def main(cfg):
     #   ref     frozen     a second copy, bfloat16 on a GPU    the policy, its adapters off
     #   value   trained    float32, starts as the reward       adapters on the reward model
     #   reward  frozen     a copy of its own                   the value model, its adapters off
-    # With a reward function, or a reward model that reads other tokens, V starts from the policy.
     dtype, frozen = common.trained_dtype(cfg, device), common.frozen_dtype(device)
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
     policy = common.load_policy(cfg.policy, device, dtype, longest)
@@ -243,71 +281,58 @@ def main(cfg):
     if cfg.ref or not cfg.lora_rank:
         ref = common.load_policy(cfg.ref or cfg.policy, device, frozen, longest)
         common.prepare(ref.requires_grad_(False), cfg)
-    score, reward = common.load_score(cfg, tokenizer, device, adapters=not cfg.value)
-    if cfg.value:
-        value = common.load_scorer(cfg.value, device, dtype)
-        if not value.reads_tokens:
-            raise common.UserError(f"--value {cfg.value}: not causal, so no value for each token")
-        common.add_lora(value, cfg)
-    elif reward is not None and cfg.lora_rank:
-        value = reward
-    else:
-        if reward is None:
-            print("the value model starts from the policy with a zero head")
-        start = cfg.policy if reward is None else cfg.reward
-        value = common.load_scorer(start, device, dtype, new_head=reward is None)
-        common.add_lora(value, cfg)
+    own_value = cfg.advantage == "gae" and not cfg.value
+    score, reward = common.load_score(cfg, policy, tokenizer, adapters=own_value)
+    value = load_value(cfg, reward, device) if cfg.advantage == "gae" else None  # group: none
     gold = common.load_gold(cfg, cfg.data, tokenizer)
 
-    prompts = common.load_prompts(train_rows, tokenizer, cfg, policy, ref, value)
-    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, policy, ref, value)
-    probes = []
-    if common.is_embedded(cfg.data):  # words that no training file holds, so nothing teaches them
-        rows = common.read_jsonl(common.EMBEDDED / "probe_prompts.jsonl")
-        probes = common.load_prompts(rows, tokenizer, cfg, policy, ref, value)
+    models = [model for model in (policy, ref, value) if model]
+    eos = common.stop_ids(policy.lm, tokenizer)
+    prompts = common.load_prompts(train_rows, tokenizer, cfg, *models)
+    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
     if cfg.ptx_coef:
         rows = common.read_jsonl(cfg.ptx_data)
         limit = min(longest, common.context_length(policy.lm))
-        demonstrations = common.load_demonstrations(rows, tokenizer, limit)
+        demonstrations = common.load_demonstrations(rows, tokenizer, eos, limit)
 
     B, budget = cfg.batch_size, common.token_budget(cfg, device)
-    eos = common.stop_ids(policy.lm, tokenizer)
-    longest = max(len(p["ids"]) for p in prompts + eval_prompts + probes) + cfg.max_new_tokens
+    longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     slots = min(cfg.slots, B // common.world_size())
     # What samples. Where it is the policy itself, the old log-probs in the rollout are what stays.
     pi_old = common.sampling_copy(policy, cfg)
     policy_optimizer = common.make_optimizer(policy, cfg, cfg.lr)
-    value_optimizer = common.make_optimizer(value, cfg, cfg.value_lr)
+    trained = dict(policy=(policy, policy_optimizer))
+    if value:
+        value_optimizer = common.make_optimizer(value, cfg, cfg.value_lr)
+        trained["value"] = (value, value_optimizer)
     sampler = common.Sampler(pi_old, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
     judges = dict(tokenizer=tokenizer, score=score, gold=gold, cfg=cfg)
     answer = partial(common.answer_prompts, policy, sampler, ref, **judges)
     before = answer(eval_prompts)  # of the policy as it starts, also when a run is resumed
-    probed_before = answer(probes) if probes else {}
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
-    run.begin(policy=(policy, policy_optimizer), value=(value, value_optimizer), coefs=coefs)
+    run.begin(**trained, coefs=coefs)
     sampler.sync(policy)  # with what a checkpoint may have brought back
 
     epochs = 1 if cfg.objective == "pg" else cfg.ppo_epochs
+    warmup = cfg.value_warmup if value else 0  # steps
     print(
-        f"PPO ({cfg.objective}) on {device}: policy {policy.lm.num_parameters() / 1e6:.1f}M, value "
-        f"{value.lm.num_parameters() / 1e6:.1f}M parameters; {len(prompts)} prompts, "
-        f"{len(eval_prompts)} held out\n{cfg.steps} steps of {B} episodes = {cfg.steps * B}; "
-        f"each step {epochs} epochs of {cfg.minibatches} minibatches of {B // cfg.minibatches}; "
-        f"at most {cfg.max_new_tokens} new tokens"
+        f"PPO ({cfg.objective}, {cfg.advantage}) on {device}: {' and '.join(trained)} of "
+        f"{policy.lm.num_parameters() / 1e6:.1f}M parameters; {len(prompts)} prompts; {cfg.steps} "
+        f"steps of {B} episodes, each {epochs} epochs of {cfg.minibatches} minibatches"
     )
 
     for step in run.steps(cfg.steps):
         # 1. Sample: pi_old answers the next prompts of an endless shuffled series.
         began = time.perf_counter()
-        rows = common.epoch_batch(len(prompts), B, step, cfg.seed)
-        questions = [prompts[row]["prompt"] for row in rows]
-        queries = [prompts[row]["ids"] for row in rows]
+        rows = common.epoch_batch(len(prompts), B // answers, step, cfg.seed)
+        questions = [prompts[row] for row in rows for _ in range(answers)]
+        queries = [question["ids"] for question in questions]
         responses, sampler_logprobs = sampler.together(queries, cfg.seed, step, "rollout")
         sampled = time.perf_counter()
 
         # 2. Score: the reward model reads each whole answer; one that was cut at the limit is
         # penalised, and every token pays for leaving the reference.
-        scores = score(questions, queries, responses)  # (B,)
+        scores = score(questions, responses)  # (B,)
         ended = torch.tensor([float(response[-1] in eos) for response in responses])  # (B,)
         penalised = scores - cfg.missing_eos_penalty * (1 - ended)
         examples = [common.join(query, response) for query, response in zip(queries, responses)]
@@ -320,27 +345,34 @@ def main(cfg):
             with common.without_adapter(ref):
                 ref_logprobs, _ = ref(batch, cfg.temperature)
             found = dict(old_logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
-            return found | dict(old_values=state_values(value(batch)))
+            if value:
+                found["old_values"] = state_values(value(batch))
+            return found
 
         rollout |= common.per_token(read, rollout, lengths, cfg, device)
-        rollout["rewards"] = token_rewards(
+        rewards = token_rewards(
             penalised, rollout["old_logprobs"], rollout["ref_logprobs"], mask, coefs["kl_coef"]
         )
+        rollout["rewards"] = rewards
 
         # 3. Advantages: how much better than expected each token did.
-        advantages, rollout["returns"] = common.gae(
-            rollout["rewards"], rollout["old_values"], mask, cfg.gamma, cfg.lam
-        )
-        rollout["advantages"] = whiten(advantages, mask)
-        if cfg.objective == "pg":  # the whole episode's reward for every token, good or bad
-            rollout["advantages"] = rollout["rewards"].sum(1, keepdim=True) * mask
+        if value:
+            advantages, rollout["returns"] = common.gae(
+                rewards, rollout["old_values"], mask, cfg.gamma, cfg.lam
+            )
+            rollout["advantages"] = whiten(advantages, mask) if cfg.whiten else advantages
+            if cfg.objective == "pg":  # the whole episode's reward for every token, good or bad
+                rollout["advantages"] = rewards.sum(1, keepdim=True) * mask
+        else:
+            rollout["advantages"] = group_advantages(rewards, mask, cfg.group)
         scored = time.perf_counter()
 
         # 4. K epochs of the objective on this rollout, its episodes dealt into minibatches anew in
         # each. A gradient is summed over micro-batches in which every real token of the minibatch
         # weighs the same. Policy and value take turns, so that only one of them holds gradients.
         lr = common.set_lr(policy_optimizer, cfg.lr, step, cfg.steps, cfg)
-        common.set_lr(value_optimizer, cfg.value_lr, step, cfg.steps, cfg)
+        if value:
+            common.set_lr(value_optimizer, cfg.value_lr, step, cfg.steps, cfg)
         shuffle = common.make_generator("cpu", cfg.seed, step, "minibatches")
         history = []  # the statistics of each minibatch
         for _ in range(epochs):
@@ -370,8 +402,12 @@ def main(cfg):
                     ptx_backward(policy, demonstrations, number, totals, cfg)
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                 stats = common.read_stats(totals, grad_norm=norm)  # raises where not finite
-                policy_optimizer.step()
+                if step > warmup:
+                    policy_optimizer.step()
                 policy_optimizer.zero_grad()
+                history.append(stats)
+                if not value:
+                    continue
 
                 totals = {}
                 for batch, share in zip(batches, shares):
@@ -388,7 +424,6 @@ def main(cfg):
                 stats |= common.read_stats(totals, vf_grad_norm=norm)
                 value_optimizer.step()
                 value_optimizer.zero_grad()
-                history.append(stats)
             if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
                 break
         updated = time.perf_counter()
@@ -398,16 +433,15 @@ def main(cfg):
         metrics = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
         metrics |= rollout_metrics(rollout, sum(sampler_logprobs, [])) | coefs
         if cfg.kl_target:
-            coefs["kl_coef"] = adapt_kl_coef(
-                coefs["kl_coef"], metrics["kl"], cfg.kl_target, B, cfg.kl_horizon
-            )
-        if cfg.objective == "kl":
+            now = (coefs["kl_coef"], metrics["kl"])
+            coefs["kl_coef"] = adapt_kl_coef(*now, cfg.kl_target, B, cfg.kl_horizon)
+        if cfg.objective == "kl" and step > warmup:
             last_kl = history[-1]["approx_kl"]
             coefs["beta"] = adapt_beta(coefs["beta"], last_kl, cfg.beta_target)
 
         # From here on nothing is learned: metrics and samples.
         if gold:
-            good = gold(questions, queries, responses) >= 0.5  # an answer that is at least fair
+            good = gold(questions, responses) >= 0.5  # an answer that is at least fair
             metrics["gold"] = good.float().mean().item()
         passes = len(history) / cfg.minibatches  # over the rollout
         run.log(
@@ -429,18 +463,15 @@ def main(cfg):
         if cfg.sample_every and step % cfg.sample_every == 0:
             for i in range(min(2, B)):
                 text = tokenizer.decode(responses[i], skip_special_tokens=True)[:200]
-                question = common.as_text(questions[i])[-200:]
+                question = common.as_text(questions[i]["prompt"])[-200:]
                 run.print(f"  {question}  ->  {text}  ({scores[i]:.2f})")
         if cfg.trace and step % cfg.trace == 0:
-            run.print(f"step {step}: {common.as_text(questions[0])[-200:]}")
-            run.print(trace_table(tokenizer, rollout))
+            question = common.as_text(questions[0]["prompt"])[-200:]
+            run.print(f"step {step}: {question}\n{trace_table(tokenizer, rollout)}")
 
     after = answer(eval_prompts)
     samples, results = common.compare(eval_prompts, before=before, after=after)
     results["kl"] = sum(after["kl"]) / len(after["kl"])
-    if probes:
-        unseen = common.compare(probes, before=probed_before, after=answer(probes))[1]
-        results |= {f"{key}_unseen_words": unseen[key] for key in ("gold_before", "gold_after")}
     common.write_jsonl(run.out / "samples.jsonl", samples)
     run.finish(policy, tokenizer, results)
     common.print_answers(results, samples)

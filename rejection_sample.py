@@ -151,9 +151,8 @@ def sample_and_score(sampler, score, prompts, key, cfg):
     # which padding to other lengths would not promise.
     answers = [(i // cfg.n, tuple(response)) for i, response in enumerate(responses)]
     different = sorted(set(answers))
-    texts = [prompts[i]["prompt"] for i, _ in different]
-    ids = [prompts[i]["ids"] for i, _ in different]
-    scores = score(texts, ids, [list(response) for _, response in different])
+    asked = [prompts[i] for i, _ in different]
+    scores = score(asked, [list(response) for _, response in different])
     score_of = dict(zip(different, scores.tolist()))
     candidates = []
     for i, prompt in enumerate(prompts):
@@ -218,28 +217,24 @@ def choose_pairs(rewards, ended, number, cfg):
         pairs = [(accepted[winner], accepted[loser]) for winner, loser in ranked]
     return [(winner, loser) for winner, loser in pairs if ended[winner]]
 
-def select(run, candidates, tokenizer, cfg):
+def select(run, prompts, candidates, tokenizer, cfg):
     """Write sft.jsonl and dpo.jsonl; returns the pairs as examples, chosen first."""
     demonstrations, preferences, pairs = [], [], []
-    for number, candidate in enumerate(candidates):
-        prompt, ids = candidate["prompt"], candidate["prompt_ids"]
-        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in candidate["responses"]]
-        # A file of data cannot hold an answer without text.
-        kept = [i for i, text in enumerate(texts) if text.strip()]
-        if not kept:
-            continue
-        rewards, ended = ([candidate[key][i] for i in kept] for key in ("rewards", "ended"))
-        responses, texts = [candidate["responses"][i] for i in kept], [texts[i] for i in kept]
-        if not isinstance(prompt, str):
+    for number, (prompt, candidate) in enumerate(zip(prompts, candidates)):
+        line = {key: prompt[key] for key in ("prompt", "tools") if key in prompt}
+        rewards, ended = candidate["rewards"], candidate["ended"]
+        responses = candidate["responses"]
+        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+        if not isinstance(prompt["prompt"], str):
             texts = [[dict(role="assistant", content=text)] for text in texts]
         best = best_index(rewards, ended)
         if ended[best]:
-            demonstrations.append(dict(prompt=prompt, completion=texts[best]))
+            demonstrations.append(line | dict(completion=texts[best]))
         for winner, loser in choose_pairs(rewards, ended, number, cfg):
             if texts[winner] != texts[loser]:  # they may differ in token ids alone
-                preference = dict(prompt=prompt, chosen=texts[winner], rejected=texts[loser])
-                preferences.append(preference)
-                pairs.append([common.join(ids, responses[i]) for i in (winner, loser)])
+                preferences.append(line | dict(chosen=texts[winner], rejected=texts[loser]))
+                pair = [responses[winner], responses[loser]]
+                pairs.append([common.join(prompt["ids"], response) for response in pair])
     ended = np.mean([whole for candidate in candidates for whole in candidate["ended"]])
     print(f"{len(candidates)} prompts with {cfg.n} answers each; {ended:.1%} ended by themselves")
     if cfg.method == "best_of_n":
@@ -249,15 +244,19 @@ def select(run, candidates, tokenizer, cfg):
     print(f"{run.out / 'dpo.jsonl'}: {len(pairs)} pairs")
     return pairs
 
-def encode_pairs(rows, tokenizer, max_length):
+def load_pairs(rows, tokenizer, ends, max_length):
     """Lines of preference data as pairs of examples, chosen first."""
-    pairs = []
-    for row in rows:
+
+    def read(row):
         prompt, responses = common.prompt_and_responses(row)
         if not {"chosen", "rejected"} <= set(row):
             raise common.UserError(f'{row["where"]}: no "chosen" and "rejected"')
-        pairs.append([common.encode(tokenizer, prompt, r, row["where"]) for r in responses])
-    return common.keep_short(pairs, list(map(pair_length, pairs)), max_length, "pairs")
+        pair = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
+        if pair[0] == pair[1]:
+            raise common.Unlearnable(f"{row['where']}: chosen and rejected are the same")
+        return pair, pair_length(pair)
+
+    return common.read_all(rows, read, max_length, "pairs")
 
 def pair_length(pair):
     return max(len(example["ids"]) for example in pair)
@@ -277,19 +276,17 @@ def held_out_accuracy(policy, ref, pairs, cfg):
 
 # Looking at what it does
 
-def judge_best(candidates, gold, tokenizer):
+def judge_best(prompts, candidates, gold, tokenizer):
     """Best-of-N on held-out prompts, as `common.answer_prompts` gives a policy's answers."""
     best = [best_index(candidate["rewards"], candidate["ended"]) for candidate in candidates]
     found = {
         key: [candidate[key][i] for candidate, i in zip(candidates, best)]
         for key in ("responses", "scores", "ended")
     }
-    prompts = [candidate["prompt"] for candidate in candidates]
-    prompt_ids = [candidate["prompt_ids"] for candidate in candidates]
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in found["responses"]],
         scores=found["scores"],
-        gold=gold(prompts, prompt_ids, found["responses"]).tolist() if gold else [],
+        gold=gold(prompts, found["responses"]).tolist() if gold else [],
         ended=found["ended"],
     )
 
@@ -299,7 +296,7 @@ def answer(cfg, device):
     policy = common.load_policy(cfg.policy, device, frozen)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.prepare(policy.requires_grad_(False), cfg)
-    score, _ = common.load_score(cfg, tokenizer, device)
+    score, _ = common.load_score(cfg, policy, tokenizer)
     eos = common.stop_ids(policy.lm, tokenizer)
     lines = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
     for number, text in enumerate(line for line in lines if line.strip()):
@@ -355,19 +352,19 @@ def main(cfg):
         common.prepare(ref.requires_grad_(False), cfg)
     score = None
     if cfg.reward or cfg.reward_fn:
-        score, _ = common.load_score(cfg, tokenizer, device)
+        score, _ = common.load_score(cfg, policy, tokenizer)
     gold = common.load_gold(cfg, data, tokenizer)
+    eos = common.stop_ids(policy.lm, tokenizer)
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, policy)
     prompts = []
     if cfg.pairs:
         limit = min(cfg.max_length, common.context_length(policy.lm))
-        pairs = encode_pairs(rows, tokenizer, limit)
+        pairs = load_pairs(rows, tokenizer, eos, limit)
         eval_rows = [row for row in eval_rows if "chosen" in row]
-        eval_pairs = encode_pairs(eval_rows, tokenizer, limit) if eval_rows else []
+        eval_pairs = load_pairs(eval_rows, tokenizer, eos, limit) if eval_rows else []
     else:
         prompts = common.load_prompts(rows, tokenizer, cfg, policy)
 
-    eos = common.stop_ids(policy.lm, tokenizer)
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     pi = common.sampling_copy(policy, cfg)
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)
@@ -380,9 +377,9 @@ def main(cfg):
         # 1. Sample.
         candidates = sample_candidates(run, "candidates", sampler, score, prompts, cfg)
         # 2. Select; and best-of-N, judged on held-out prompts.
-        pairs = select(run, candidates, tokenizer, cfg)
+        pairs = select(run, prompts, candidates, tokenizer, cfg)
         best = sample_candidates(run, "eval_candidates", sampler, score, eval_prompts, cfg)
-        answers["best_of_n"] = judge_best(best, gold, tokenizer)
+        answers["best_of_n"] = judge_best(eval_prompts, best, gold, tokenizer)
         results["kl_best_of_n"] = best_of_n_kl(cfg.n)  # at most
     sampler.close()  # the training needs the memory
 

@@ -39,7 +39,7 @@ class Config(common.Settings):
     epochs: float = flag(1.0, "passes over the data", over=0)
     steps: int = flag(0, "cap on the optimiser steps; 0: none", least=0)
     batch_size: int = flag(32, "judgements per optimiser step", over=0)
-    lr: float = flag(2e-3, "peak rate; about 2e-5 for a real model", over=0)
+    lr: float = flag(1e-3, "peak rate; about 2e-5 for a real model", over=0)
     warmup: int = flag(10, "optimiser steps of linear warm-up", least=0)
     out: str = flag("out/reward", "folder of the run")
 
@@ -76,7 +76,7 @@ class Judgement:
     targets: list  # K ranks, 1 is best; for a point, its score
     form: str  # pointwise | pairwise | listwise
 
-def read_judgement(tokenizer, row):
+def read_judgement(tokenizer, ends, row):
     """One line of data as a Judgement. Raises common.UserError naming the line and the key."""
     where = row["where"]
     prompt, responses = common.prompt_and_responses(row)
@@ -84,10 +84,9 @@ def read_judgement(tokenizer, row):
         form, targets = "pairwise", [1, 2]
     elif "responses" in row:
         form, targets = "listwise", row.get("ranks")
-        whole = isinstance(targets, list) and all(type(r) is int and r >= 1 for r in targets)
-        if not whole or len(targets) != len(responses) or len(responses) < 2:
-            what = "whole numbers from 1, one for each of two or more responses"
-            raise common.UserError(f'{where}: "ranks" must be {what}')
+        numbers = isinstance(targets, list) and all(type(r) is int for r in targets)
+        if not numbers or not all(1 <= r < 2**31 for r in targets) or len(targets) < 2:
+            raise common.UserError(f'{where}: "ranks" must be two or more whole numbers from 1')
     else:
         form, targets = "pointwise", [row.get("score")]
         if type(targets[0]) not in (int, float) or not abs(targets[0]) < 1e30:
@@ -95,28 +94,32 @@ def read_judgement(tokenizer, row):
     if len(responses) != len(targets):
         many = f"{len(responses)} responses, expected {len(targets)}"
         raise common.UserError(f"{where}: {many}")
-    examples = [common.encode(tokenizer, prompt, response, where) for response in responses]
+    examples = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
+    if form != "pointwise":
+        same = all(example == examples[0] for example in examples)
+        if same or len(set(targets)) == 1:
+            what = "the same response throughout" if same else "nothing but ties"
+            raise common.Unlearnable(f"{where}: {what}")
     return Judgement(examples, targets, form)
 
-def load_judgements(cfg, tokenizer, max_length):
+def load_judgements(cfg, tokenizer, ends, max_length):
     """Training and held-out judgements; the training ones must fit --loss."""
     data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
-    splits = []
-    for rows in common.read_split(data, cfg.eval_data, "eval_pairs.jsonl"):
-        judgements = [read_judgement(tokenizer, row) for row in rows]
-        # Held-out data may have another form, but one.
-        form = judgements[0].form if splits else cfg.loss
-        for row, judgement in zip(rows, judgements):
-            if judgement.form != form:
-                found = f"{row['where']}: {judgement.form} data"
-                raise common.UserError(f"{found}, expected {form} (--loss {cfg.loss})")
-        # A ranking of ties orders nothing.
-        judgements = [j for j in judgements if form == "pointwise" or len(set(j.targets)) > 1]
-        if not judgements:
-            raise common.UserError(f"{data}: every ranking is a tie, there is nothing to learn")
-        lengths = [max(len(example["ids"]) for example in j.examples) for j in judgements]
-        splits.append(common.keep_short(judgements, lengths, max_length, "judgements"))
-    return splits
+    train_rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_pairs.jsonl")
+    form = cfg.loss
+
+    def read(row):
+        nonlocal form
+        judgement = read_judgement(tokenizer, ends, row)
+        form = form or judgement.form
+        if judgement.form != form:
+            found = f"{row['where']}: {judgement.form} data"
+            raise common.UserError(f"{found}, expected {form} (--loss {cfg.loss})")
+        return judgement, max(len(example["ids"]) for example in judgement.examples)
+
+    judgements = common.read_all(train_rows, read, max_length, "judgements")
+    form = ""  # of held-out data any one, that of the first line
+    return judgements, common.read_all(eval_rows, read, max_length, "held-out judgements")
 
 def judgement_loss(form, scores, judgements):
     """The mean loss of B judgements from the scores of all their responses, one after the other."""
@@ -170,8 +173,8 @@ def held_out_results(scorer, judgements, cfg):
     return dict(accuracy=accuracy, interval=interval, loss=loss, n=n)
 
 def new_reward_model(cfg, device):
-    """A causal LM's layers with a fresh score head, and its tokenizer. The head is N(0, 1/(d + 1))
-    as in Ziegler et al. 2019: scores start near 0 whatever the width.
+    """A causal LM's layers with a fresh score head, its tokenizer, and the ids that end a response.
+    The head is N(0, 1/(d + 1)) as in Ziegler et al. 2019: scores start near 0 whatever the width.
     """
     dtype = common.trained_dtype(cfg, device)
     scorer = common.load_scorer(cfg.model, device, dtype, new_head=True)
@@ -179,11 +182,14 @@ def new_reward_model(cfg, device):
     if not scorer.reads_tokens:
         raise common.UserError(f"{cfg.model}: it has no score at every token to build on")
     tokenizer = common.load_tokenizer(cfg.model, lm)
-    # Plain transformers reads the score at the last token that is not pad, and that must be EOS. So
-    # pad is another special token; where there is none, one more, which no text ever holds.
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
-        tokenizer.add_special_tokens(dict(pad_token=spare[0] if spare else "<|pad|>"))
+    ends = common.stop_ids(lm, tokenizer)
+    lm.config.eos_token_id = ends  # for whoever reads the text with this model's own tokenizer
+    # Plain transformers reads the score at the last token that is not pad, and a response's last
+    # one must not be. So pad is a token made for it; where there is none, one more.
+    if tokenizer.pad_token_id in (None, *ends):
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        spare = [token for token in special if "pad" in token.lower()]
+        tokenizer.add_special_tokens(dict(pad_token=(*spare, "<|pad|>")[0]))
     rows = lm.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -193,14 +199,14 @@ def new_reward_model(cfg, device):
     head = torch.randn(1, d, generator=common.make_generator("cpu", cfg.seed, "head"))
     lm.score.weight.data.copy_(head / math.sqrt(d + 1))
     common.add_lora(scorer, cfg)
-    return scorer, tokenizer
+    return scorer, tokenizer, ends
 
 def main(cfg):
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
-    scorer, tokenizer = new_reward_model(cfg, device)
+    scorer, tokenizer, ends = new_reward_model(cfg, device)
     longest = min(cfg.max_length, common.context_length(scorer.lm))
-    judgements, held_out = load_judgements(cfg, tokenizer, longest)
+    judgements, held_out = load_judgements(cfg, tokenizer, ends, longest)
     # A judgement's loss needs its K responses together: they count K times the longest.
     lengths = [len(j.examples) * max(len(e["ids"]) for e in j.examples) for j in judgements]
 

@@ -42,7 +42,7 @@ def texts_of(rows):
     """All that a model may read or say in these lines; not where they come from."""
     values = [value for row in rows for key, value in row.items() if key != "where"]
     messages = [m for value in values if isinstance(value, list) for m in value]
-    values += [m.get("content") for m in messages if isinstance(m, dict)]
+    values += [common.content_of(m) for m in messages if common.is_message(m)]
     return [value for value in values if isinstance(value, str)]
 
 def new_tokenizer(texts, vocab_size=2048):
@@ -115,8 +115,9 @@ def main(cfg):
         policy = common.Policy(new_model(tokenizer, cfg.seed).to(device))
 
     limit = min(cfg.max_length, common.context_length(policy.lm))
-    examples = common.load_demonstrations(train_rows, tokenizer, limit)
-    held_out = common.load_demonstrations(eval_rows, tokenizer, limit)
+    ends = common.stop_ids(policy.lm, tokenizer)
+    examples = common.load_demonstrations(train_rows, tokenizer, ends, limit)
+    held_out = common.load_demonstrations(eval_rows, tokenizer, ends, limit)
     lengths = [len(example["ids"]) for example in examples]
 
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)

@@ -47,7 +47,8 @@ def run(parts):
 def right_pairs(folder, rows, device):
     """Which of the valid pairs a reward model puts in order."""
     tokenizer, scorer = common.load_tokenizer(folder), common.load_scorer(folder, device)
-    judgements = [reward.read_judgement(tokenizer, row) for row in rows]
+    ends = common.stop_ids(scorer.lm, tokenizer)
+    judgements = [reward.read_judgement(tokenizer, ends, row) for row in rows]
     scores = reward.score_all(scorer, judgements, reward.Config())
     return [bool(chosen > rejected) for chosen, rejected in scores]
 

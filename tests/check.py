@@ -120,7 +120,7 @@ def check_policy(policy, tokenizer):
 
     if tokenizer.chat_template is not None:
         question = [dict(role="user", content=QUESTIONS[0])]
-        ids = common.encode(tokenizer, question, ANSWERS[0])["ids"]
+        ids = common.encode(tokenizer, question, ANSWERS[0], ends=eos)["ids"]
         dialogue = question + [dict(role="assistant", content=ANSWERS[0])]
         text = tokenizer.apply_chat_template(dialogue, tokenize=False)
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]

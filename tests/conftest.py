@@ -47,14 +47,16 @@ def make_llama(vocab_size, seed=0, **settings):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**(sizes | settings)))
 
+def save(folder, *things):
+    """A model and its tokenizer."""
+    for thing in things:
+        thing.save_pretrained(folder)
+    return folder
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder with a saved tiny Llama and its tokenizer; read it only."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save(tmp_path_factory.mktemp("tiny"), make_llama(320), make_tokenizer())
 
 QUESTIONS = ["What is the capital?", "tell me a story", "boil an egg", "the sea", "你好", "How?"]
 ANSWERS = ["The capital is Paris.", "Once there was a boat.", "Put it into hot water.", "wait"]
@@ -120,6 +122,11 @@ OWN = dict(sft={}, reward={}, ppo=PPO, rejection_sample=REJECTION)
 CONFIGS = {name: partial(config_of, name, own) for name, own in OWN.items()}
 sft_config, reward_config, ppo_config, rejection_sample_config = CONFIGS.values()
 
+def run(cfg):
+    """Run the stage of a Config, and return that."""
+    sys.modules[type(cfg).__module__].main(cfg)
+    return cfg
+
 def flags_of(cfg):
     """A Config as the flags that make it."""
     flags = []
@@ -132,15 +139,12 @@ def flags_of(cfg):
 
 @pytest.fixture(scope="session")
 def sft_folder(tmp_path_factory, data, tiny_folder):
-    out = tmp_path_factory.mktemp("stages") / "sft"
-    sft.main(sft_config(data, tiny_folder, out))
-    return out
+    return Path(run(sft_config(data, tiny_folder, tmp_path_factory.mktemp("stages") / "sft")).out)
 
 @pytest.fixture(scope="session")
 def reward_folder(tmp_path_factory, data, sft_folder):
     out = tmp_path_factory.mktemp("stages") / "reward"
-    reward.main(reward_config(data, sft_folder, out, steps=10))
-    return out
+    return Path(run(reward_config(data, sft_folder, out, steps=10)).out)
 
 def strict(text):
     """JSON as other languages read it: no NaN, no Infinity (they would divide 1 by 0)."""
@@ -166,11 +170,20 @@ def plain_logprobs(lm, tokenizer, prompt, response, temperature=1.0):
     logits = lm(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
     return (logits / temperature).log_softmax(-1)[range(len(y)), y]
 
+def after(patch, thing, name, act):
+    """act(*arguments) will follow each call of thing.name."""
+    original = getattr(thing, name)
+    def call(*args, **kwargs):
+        result = original(*args, **kwargs)
+        act(*args, **kwargs)
+        return result
+
+    patch.setattr(thing, name, call)
+
 @pytest.fixture
 def updates(monkeypatch):
     """Of each update of a stage, the weights and the gradient before it is clipped."""
     seen, clip = [], torch.nn.utils.clip_grad_norm_
-
     def keep(parameters, *args, **kwargs):
         parameters = [p for p in parameters if p.grad is not None]
         gradient = torch.cat([p.grad.flatten() for p in parameters])
@@ -182,27 +195,18 @@ def updates(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Each question to a stage's rewards: (reward model or None, texts, prompts' ids, responses'
-    ids, scores).
-    """
+    """Each question to a stage's rewards: (model or None, rows, responses' ids, scores)."""
     load, seen = common.load_score, []
-
     def recorded(*args, **kwargs):
         score, model = load(*args, **kwargs)
-
-        def keep(*question):
-            seen.append((model, *question, score(*question)))
-            return seen[-1][-1]
-
-        return keep, model
+        return lambda *q: seen.append((model, *q, score(*q))) or seen[-1][-1], model
 
     monkeypatch.setattr(common, "load_score", recorded)
     return seen
 
 def fork():
     """os.fork with a lock for tqdm that is the child's own: processes share the usual one, and a
-    child killed inside it holds it for good.
-    """
+    child killed inside it holds it for good."""
     for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # transformers uses the second
         bar.monitor_interval = 0
         if bar.monitor is not None:

@@ -122,7 +122,7 @@ def one_round(rng, folder, data, model, counts):
     if getattr(cfg, "loss", "") == "none":
         assert rows_of(folder / "whole", "samples") == rows_of(folder / "parts", "samples")
         return
-    assert_same(name, cfg, parts)
+    assert_same(cfg, parts)
     steps = [row["step"] for row in rows_of(parts.out)]
     assert steps == list(range(1, len(steps) + 1))
     left = [p.name for p in (folder / "parts").iterdir() if "checkpoint" in p.name]

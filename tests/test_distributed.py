@@ -13,7 +13,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, STAGES, eval_of, flags_of, fork, rows_of, weights_of
+from conftest import CONFIGS, ROOT, STAGES, after, eval_of, flags_of, fork, rows_of, run
+from conftest import weights_of
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
@@ -49,11 +50,8 @@ def start(world, main):
 def codes(children):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
-def main_of(cfg):
-    return partial(sys.modules[type(cfg).__module__].main, cfg)
-
 def run_in(world, cfg):
-    return codes(start(world, main_of(cfg)))
+    return codes(start(world, partial(run, cfg)))
 
 @pytest.fixture
 def greedy(monkeypatch):
@@ -64,13 +62,10 @@ def greedy(monkeypatch):
 @pytest.fixture
 def case(data, sft_folder, reward_folder):
     """A function: case(name, out, **flags) -> a Config, with small micro-batches."""
-    models = dict(reward_fn="", reward=str(reward_folder))
-    special = dict(
-        sft={}, reward=dict(loss="listwise", data=str(data / "lists.jsonl")),
-        ppo=dict(ptx_coef=0.1, ptx_data=str(data / "sft.jsonl"), kl_target=0.5, **models),
-        rejection_sample=dict(pairs=str(data / "pairs.jsonl")),
-    )  # fmt: skip
-
+    ppo = dict(ptx_coef=0.1, ptx_data=str(data / "sft.jsonl"), kl_target=0.5, reward_fn="")
+    special = dict(sft={}, reward=dict(loss="listwise", data=str(data / "lists.jsonl")))
+    special |= dict(rejection_sample=dict(pairs=str(data / "pairs.jsonl")))
+    special |= dict(ppo=ppo | dict(reward=str(reward_folder)))
     def make(name, out, **flags):
         flags = dict(batch_size=4, steps=3, lr=3e-4, micro_tokens=40) | special[name] | flags
         return CONFIGS[name](data, sft_folder, out, **flags)
@@ -80,15 +75,16 @@ def case(data, sft_folder, reward_folder):
 def check_weights(one, many, tolerance=1e-5):
     a, b = weights_of(one.out), weights_of(many.out)
     assert set(a) == set(b)
-    for key in a:
-        assert (a[key] - b[key]).abs().max() <= tolerance, key
+    assert max((a[key] - b[key]).abs().max() for key in a) <= tolerance
 
 @MODES
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "ppo group"])
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_processes_end_as_one(tmp_path, case, greedy, name, lora, world):
-    one, many = (case(name, tmp_path / out, **lora) for out in ("one", "many"))
-    main_of(one)()
+    name, *group = name.split()
+    flags = lora | (dict(advantage="group", group=2) if group else {})
+    one, many = (case(name, tmp_path / out, **flags) for out in ("one", "many"))
+    run(one)
     assert run_in(world, many) == [0] * world
     check_weights(one, many)
     # The first accuracy of the preference step is that of margins which are 0 but for rounding.
@@ -104,7 +100,7 @@ def test_many_processes_end_as_one(tmp_path, case, greedy, name, lora, world):
 def test_rejection_sampling_gathers_everybodys_answers(tmp_path, case, greedy):
     flags = dict(pairs="", n=3, loss="none")
     one, many = (case("rejection_sample", tmp_path / out, **flags) for out in ("one", "many"))
-    main_of(one)()
+    run(one)
     assert run_in(2, many) == [0, 0]
     for name in ("candidates", "eval_candidates", "samples", "sft"):
         assert rows_of(one.out, name) == rows_of(many.out, name)
@@ -138,24 +134,22 @@ def test_one_signal_stops_all_and_any_number_goes_on(tmp_path, case, greedy, lor
     flags = dict(ppo_epochs=1, max_new_tokens=3, save_every=0, **lora)
     two, same, fewer, more = (case("ppo", tmp_path / out, **flags) for out in "abcd")
     assert run_in(2, two) == [0, 0]
-    log, save = common.Run.log, torch.save
-
-    def log_and_stop(self, *args, **kwargs):
-        log(self, *args, **kwargs)
-        if self.step == 2 and common.rank() == common.world_size() - 1:
+    save = torch.save
+    def stop(run, *args, **kwargs):
+        if run.step == 2 and common.rank() == common.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", log_and_stop)
+        after(patch, common.Run, "log", stop)
         patch.setattr(torch, "save", lambda *args: time.sleep(0.5) or save(*args))
-        first, second = start(2, main_of(same))
+        first, second = start(2, partial(run, same))
         assert codes([second]) == [143] and (tmp_path / "b/checkpoint.pt").exists()
         os.kill(first, signal.SIGTERM)  # as torchrun does as soon as one has ended
         assert codes([first]) == [143]
         with pytest.raises(SystemExit):
-            main_of(more)()
+            run(more)
     shutil.copytree(same.out, fewer.out)
-    main_of(replace(fewer, resume=True))()
+    run(replace(fewer, resume=True))
     assert run_in(2, replace(same, resume=True)) == [0, 0]
     assert run_in(2, replace(more, resume=True)) == [0, 0]
     check_weights(two, same, tolerance=0)
@@ -164,8 +158,7 @@ def test_one_signal_stops_all_and_any_number_goes_on(tmp_path, case, greedy, lor
 
 SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 KINDS = dict(
-    tied=LlamaConfig(**SIZES, tie_word_embeddings=True),
-    untied=LlamaConfig(**SIZES, tie_word_embeddings=False),
+    tied=LlamaConfig(**SIZES, tie_word_embeddings=True), untied=LlamaConfig(**SIZES),
     gpt2=GPT2Config(**SIZES, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
     capped=Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0),
 )
@@ -176,16 +169,19 @@ def test_a_sharded_model_holds_parts_and_gives_the_same(tmp_path, case, kind, ch
     """The gradients of plain transformers; what is copied and saved is what was learned."""
     examples = [common.join([5, 6, 7], [8, 2]), common.join([4], [9, 9, 9, 2])] * 2
     cfg = case("sft", tmp_path / "out", gradient_checkpointing=checkpointing)
-
     def compare():
         common.choose_device("cpu")
         torch.manual_seed(0)
         plain = AutoModelForCausalLM.from_config(KINDS[kind]).train()
         policy = common.Policy(copy.deepcopy(plain))
         copied = common.sampling_copy(policy, cfg)
-        optimizer = common.make_optimizer(policy, cfg, 1e-3)
-        for part in common.micro_batches(range(4), [5] * 4, 5):
+        optimizer, calls = common.make_optimizer(policy, cfg, 1e-3), []
+        layers = [m for name, m in policy.named_modules() if name.endswith(".mlp")]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        for part in common.micro_batches(range(4), [5] * 4, 5):  # two for each process
             (-policy(common.collate([examples[i] for i in part]))[0].sum()).backward()
+        assert len(calls) == 2 * len(layers) * (1 + checkpointing) == 4 * (1 + checkpointing)
         batch = common.collate(examples)
         logits = plain(input_ids=batch["ids"], use_cache=False).logits[:, :-1]
         logprobs = common.token_logprobs(logits, batch["ids"][:, 1:])
@@ -193,7 +189,6 @@ def test_a_sharded_model_holds_parts_and_gives_the_same(tmp_path, case, kind, ch
         for a, b in zip(plain.parameters(), policy.parameters(), strict=True):
             assert (a.grad - b.grad.full_tensor()).abs().max() < 1e-5
             assert 0.4 * a.numel() <= b.to_local().numel() <= 0.6 * a.numel()
-
         optimizer.step()
         learned = [p.full_tensor() for p in policy.parameters()]
         common.Sampler(copied, [2], 2, 8, slots=1).sync(policy)
@@ -209,11 +204,8 @@ def test_a_sharded_model_holds_parts_and_gives_the_same(tmp_path, case, kind, ch
 @MODES
 def test_every_model_is_in_parts_and_bfloat16_where_frozen(tmp_path, case, lora, monkeypatch):
     """As on a GPU: float32 for what is trained, bfloat16 for frozen models and the sampler's."""
-    models = []
-    log, prepare = common.Run.log, common.prepare
-
-    def check(self, show, **metrics):
-        log(self, show, **metrics)
+    models, prepare = [], common.prepare
+    def check(*args, **kwargs):
         assert len(models) == (2 if lora else 4)
         for name, parameter in (x for model in models for x in model.named_parameters()):
             assert isinstance(parameter, DTensor), name
@@ -222,7 +214,7 @@ def test_every_model_is_in_parts_and_bfloat16_where_frozen(tmp_path, case, lora,
                 assert parameter.dtype == expected, name
 
     monkeypatch.setattr(common, "prepare", lambda *a: models.append(prepare(*a)) or models[-1])
-    monkeypatch.setattr(common.Run, "log", check)
+    after(monkeypatch, common.Run, "log", check)
     monkeypatch.setattr(common, "frozen_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(common, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
     assert run_in(2, case("ppo", tmp_path / "out", steps=2, **lora)) == [0, 0]

@@ -14,61 +14,58 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, STAGES, eval_of, flags_of, rows_of, sft_config
+from conftest import CONFIGS, ROOT, STAGES, eval_of, flags_of, rows_of, run, sft_config
 from conftest import weights_of, write
 
 import common
 
-def command_line(monkeypatch, name, cfg, *more):
+def command_line(monkeypatch, cfg, *more):
     """Run a stage the way `python name.py` does; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags_of(cfg), *more])
+    stage = sys.modules[type(cfg).__module__]
+    monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *flags_of(cfg), *more])
     try:
-        common.command_line(STAGES[name].Config, STAGES[name].main, STAGES[name].__doc__)
+        common.command_line(stage.Config, stage.main, stage.__doc__)
     except SystemExit as end:
         return end.code
     return 0
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(name, cfg, *flags) -> the one line of a stage that ends with exit code 2."""
+    """refused(cfg, *flags) -> the one line of a stage that ends with exit code 2."""
 
-    def run(name, cfg, *more, begun=False):  # there may be progress before it
+    def end(cfg, *more, begun=False):  # there may be progress before it
         capsys.readouterr()
-        assert command_line(monkeypatch, name, cfg, *more) == 2
-        error = capsys.readouterr().err.strip().splitlines()
+        assert command_line(monkeypatch, cfg, *more) == 2
+        error, name = capsys.readouterr().err.strip().splitlines(), type(cfg).__module__
         assert error[-1].startswith(f"{name}.py: ") and (begun or len(error) == 1), error
         return error[-1]
 
-    return run
+    return end
 
 BAD = [
     ("sft", "--model nowhere/at/all", "nowhere/at/all"),
     ("sft", "--model CUT", "CUT: SafetensorError"),
     ("sft", "--model= --lora_rank 4", "--lora_rank"),
     ("sft", "--data missing.jsonl", "missing.jsonl: FileNotFoundError"),
-    ("sft", "--data broken.jsonl", "broken.jsonl:2"),
     ("sft", "--data prompts.jsonl", "prompts.jsonl:1"),
-    ("sft", "--max_length 2", "2 tokens"),
     ("sft", "--resume --overwrite", "give one of them"),
     ("ppo", "--gold_fn rule.py", "expected file.py:function"),
     ("sft", "--out rule.py", "--out rule.py: NotADirectoryError"),
     ("sft", "--out . --overwrite", "is not empty and holds no run"),
     ("sft", "--out THEIRS --overwrite", "is not empty and holds no run"),
-    ("reward", "--data lists.jsonl", "--loss"),
     ("ppo", "--policy REWARD", "REWARD: a reward model where"),
-    ("ppo", "--reward SFT --reward_fn=", "is no reward model"),
     ("ppo", "--ptx_coef 0.1 --ptx_data prompts.jsonl", "prompts.jsonl:1"),
-    ("ppo", "--max_new_tokens 256", "--max_new_tokens"),
     ("ppo", "--batch_size 4 --minibatches 3", "--minibatches"),
     ("ppo", "--device cuda:99", "--device"),
     ("ppo", "--reward_fn nowhere.py:score", "nowhere.py: FileNotFoundError"),
     ("ppo", "--reward_fn rule.py:nothing", "no function nothing"),
     ("ppo", "--reward_fn rules.py:raises", "rules.py:2: ZeroDivisionError"),
     ("ppo", "--reward_fn rules.py:not_finite", "expected 3 finite scores"),
-    ("ppo", "--reward_fn rules.py:leaves", "rules.py:5: SystemExit: bye"),
+    ("ppo", "--reward_fn rules.py:leaves", "rules.py:4: SystemExit: bye"),
     ("ppo", "--reward_fn leaves.py:score", "leaves.py:2: SystemExit: bye"),
     ("ppo", "--reward_fn rules.py:starves", "Tried to allocate 2.00 GiB. What helps, the cheapest"),
     ("ppo", "--gold_fn rules.py:raises", "rules.py:2: ZeroDivisionError"),
@@ -89,8 +86,7 @@ for name, flag, value in map(str.split, LIMITS.split(",")):
 RULES = """import os, random, signal, time, numpy, torch
 raises = lambda prompts, responses: [1 / 0]
 not_finite = lambda prompts, responses: [float('nan') for r in responses]
-def leaves(prompts, responses):
-    raise SystemExit('bye')
+leaves = lambda prompts, responses: exit('bye')
 def starves(prompts, responses):
     raise torch.OutOfMemoryError('Tried to allocate 2.00 GiB.')
 def spoils(prompts, responses):
@@ -99,8 +95,7 @@ def spoils(prompts, responses):
         prompt[0]['content'] = 'spoilt'
     prompts.clear(), responses.clear()
     return scores
-def unspoilt(prompts, responses):
-    return ['spoilt' not in str(prompts) and len(prompts) == len(responses)] * len(responses)
+unspoilt = lambda p, r: ['spoilt' not in str(p) and len(p) == len(r)] * len(r)
 def noisy(prompts, responses):
     step = len(prompts) == 4  # a step's batch, not the 3 held-out prompts
     noise = step and random.random() + numpy.random.rand() + torch.rand(()).item()
@@ -117,7 +112,6 @@ def bad(tmp_path_factory, data, sft_folder, reward_folder):
     """A folder with the good files and some that are not; read it only."""
     folder = tmp_path_factory.mktemp("bad")
     shutil.copytree(data, folder, dirs_exist_ok=True)
-    (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     (folder / "THEIRS").mkdir()
     (folder / "THEIRS/run.json").write_text('{"out": "of another program"}')
     (folder / "rules.py").write_text(RULES)
@@ -133,34 +127,32 @@ def test_bad_input_is_one_line(tmp_path, bad, monkeypatch, refused, name, flags,
     monkeypatch.chdir(bad)
     before = set(bad.rglob("*.*"))
     cfg = CONFIGS[name](bad, bad / "SFT", tmp_path / "out")
-    assert says in refused(name, cfg, *flags.split())
+    assert says in refused(cfg, *flags.split())
     assert set(bad.rglob("*.*")) - set(bad.glob("*/*.pyc")) == before - set(bad.glob("*/*.pyc"))
     assert not (tmp_path / "out").exists()
 
 def test_a_finished_run_says_what_to_type(tmp_path, data, tiny_folder, monkeypatch, refused):
     cfg = sft_config(data, tiny_folder, tmp_path / "out", steps=1)
-    assert command_line(monkeypatch, "sft", cfg) == 0
+    assert command_line(monkeypatch, cfg) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for more in ([], ["--resume"]):
-        line = refused("sft", replace(cfg, seed=1), *more)
+        line = refused(replace(cfg, seed=1), *more)
         assert f"{cfg.out}: this run is finished" in line
         assert "--overwrite" in line and "another --out" in line
-    refused("sft", replace(cfg, data="missing.jsonl"), "--overwrite")
+    refused(replace(cfg, data="missing.jsonl"), "--overwrite")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert command_line(monkeypatch, "sft", replace(cfg, seed=1), "--overwrite") == 0
+    assert command_line(monkeypatch, replace(cfg, seed=1), "--overwrite") == 0
     assert json.loads((tmp_path / "out/run.json").read_text())["seed"] == 1
     assert before["model.safetensors"] != (tmp_path / "out/model.safetensors").read_bytes()
 
 def test_overwrite_removes_the_runs_own_files_and_no_other(tmp_path, data, tiny_folder, refused):
     out = tmp_path / "out"
-    cfg = CONFIGS["rejection_sample"](data, tiny_folder, out, overwrite=True)
-    STAGES["rejection_sample"].main(cfg)
+    cfg = run(CONFIGS["rejection_sample"](data, tiny_folder, out, overwrite=True))
     link = tmp_path / "link.jsonl"
     link.symlink_to(out / "dpo.jsonl")
     for flag, path in dict(policy=out, data=out / "sft.jsonl", pairs=link).items():
-        line = refused("rejection_sample", replace(cfg, **{flag: str(path)}))
+        line = refused(replace(cfg, **{flag: str(path)}))
         assert "it holds what this run reads" in line and link.exists()
-
     mine = dict.fromkeys(["notes.txt", "my/sft.jsonl", "mymodel.safetensors"], "years of work")
     mine["rule.py"] = (data / "rule.py").read_text()
     (out / "my").mkdir()
@@ -168,35 +160,31 @@ def test_overwrite_removes_the_runs_own_files_and_no_other(tmp_path, data, tiny_
         (out / name).write_text(text)
     (out / "model.tmp").mkdir()  # of a run that was killed, with another model
     (out / "model.tmp/vocab.txt").write_text("stale")
-    cfg = replace(cfg, method="rso", reward_fn=f"{out / 'rule.py'}:score")
-    STAGES["rejection_sample"].main(cfg)
+    run(replace(cfg, method="rso", reward_fn=f"{out / 'rule.py'}:score"))
     assert {name: (out / name).read_text() for name in mine} == mine and link.exists()
     assert not (out / "sft.jsonl").exists() and not (out / "vocab.txt").exists()
 
 def test_a_second_start_is_one_line(tmp_path, bad, monkeypatch, refused):
     cfg, lines = sft_config(bad, bad / "SFT", tmp_path / "out", steps=3), []
-
     def start_two():
-        lines.extend(refused("sft", cfg, flag, begun=True) for flag in ("--resume", "--overwrite"))
+        lines.extend(refused(cfg, flag, begun=True) for flag in ("--resume", "--overwrite"))
 
     act_at(monkeypatch, common.Run, "log", 2, start_two)
-    STAGES["sft"].main(cfg)
+    run(cfg)
     assert len(lines) == 2 and all("another run is writing there" in line for line in lines)
     assert len(rows_of(cfg.out)) == 3 and eval_of(cfg.out)
 
 def test_of_two_at_once_the_later_one_touches_nothing(tmp_path, bad, monkeypatch, refused):
     """Both find no folder; while the second one loads its model the first one begins."""
     cfg = sft_config(bad, bad / "SFT", tmp_path / "out", steps=1)
-    act_at(monkeypatch, common, "load_tokenizer", 1, partial(STAGES["sft"].main, cfg))
-    assert cfg.out in refused("sft", replace(cfg, seed=1), begun=True)
+    act_at(monkeypatch, common, "load_tokenizer", 1, partial(run, cfg))
+    assert cfg.out in refused(replace(cfg, seed=1), begun=True)
     assert json.loads((tmp_path / "out/run.json").read_text())["seed"] == 0 and eval_of(cfg.out)
 
 def act_at(patch, thing, name, call, act, file="", before=False):
     """Something will happen at the end, or at the beginning, of the `call`th call of thing.name (of
-    those whose last argument is a path to `file`).
-    """
+    those whose last argument is a path to `file`)."""
     original, calls = getattr(thing, name), itertools.count(1)
-
     def call_and_act(*args, **kwargs):
         now = file in ("", Path(str(args[-1])).name) and next(calls) == call
         if now and before:
@@ -214,38 +202,37 @@ def power_cut():
 ctrl_c, sigterm = (partial(os.kill, os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM))
 ENDS = {ctrl_c: "SystemExit(130)", sigterm: "SystemExit(143)", power_cut: "SystemExit('power cut')"}
 
-def how_it_ends(name, cfg):
+def how_it_ends(cfg):
     """What ended the stage, as text: the exception itself would keep the run and its lock."""
     try:
-        STAGES[name].main(cfg)
+        run(cfg)
     except (SystemExit, common.UserError) as end:
         return repr(end)
 
 @pytest.fixture(scope="module", params=STAGES)
 def whole(request, tmp_path_factory, bad):
-    """A stage, and its run that nothing stopped, with everything that a checkpoint could forget:
-    warm-up, adapted coefficients, ptx, a rule that draws numbers of its own.
-    """
+    """A stage's run that nothing stopped, with everything that a checkpoint could forget: warm-up,
+    adapted coefficients, ptx, a rule that draws numbers of its own."""
     name = request.param
     flags = dict(
-        sft=dict(epochs=3.0),
-        reward=dict(epochs=3.0),
-        ppo=dict(
+        sft=dict(epochs=3.0), reward=dict(epochs=3.0), ppo=dict(
             objective="kl", kl_target=1.0, kl_horizon=20, beta_target=1e-9, ppo_epochs=2,
+            value_warmup=3,  # the policy's optimiser has no state at the first checkpoint
             minibatches=2, ptx_coef=0.1, ptx_data=str(bad / "sft.jsonl"), lr_schedule="linear",
             reward_fn=f"{bad / 'rules.py'}:noisy",
-        ),
-        rejection_sample=dict(slots=4, reward_fn="", reward=str(bad / "REWARD")),
+        ), rejection_sample=dict(slots=4, reward_fn="", reward=str(bad / "REWARD")),
     )[name] | dict(steps=5, warmup=2, save_every=2)  # fmt: skip
-    cfg = CONFIGS[name](bad, bad / "SFT", tmp_path_factory.mktemp("whole") / name, **flags)
-    STAGES[name].main(cfg)
-    return name, cfg
+    return run(CONFIGS[name](bad, bad / "SFT", tmp_path_factory.mktemp("whole") / name, **flags))
 
-def assert_same(name, whole, parts):
+@pytest.fixture
+def parts(tmp_path, whole):
+    """The same in another folder."""
+    return replace(whole, out=str(tmp_path / "parts"))
+
+def assert_same(whole, parts):
     """The two runs left the same weights, metrics, results and files, but for what a kill right
-    after eval.json leaves: --resume says that the run is finished, and clears it away.
-    """
-    assert "this run is finished" in how_it_ends(name, replace(parts, resume=True))
+    after eval.json leaves: --resume says that the run is finished, and clears it away."""
+    assert "this run is finished" in how_it_ends(replace(parts, resume=True))
     a, b = weights_of(whole.out), weights_of(parts.out)
     assert set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
     assert eval_of(whole.out) == eval_of(parts.out)
@@ -254,7 +241,7 @@ def assert_same(name, whole, parts):
     assert rows[0] and rows[0] == rows[1]
     names = [{path.name for path in Path(cfg.out).iterdir()} for cfg in (whole, parts)]
     assert names[0] == names[1]
-    if name in ("ppo", "rejection_sample"):
+    if "samples.jsonl" in names[0]:
         assert rows_of(whole.out, "samples") == rows_of(parts.out, "samples")
 
 STEP, FILE = (common.Run, "log"), (os, "replace")  # a file counts once its name is the last one
@@ -264,78 +251,76 @@ for file in ("run.json", "checkpoint.pt", "model.safetensors", "eval.json"):
         ACCIDENTS.append((*FILE, 1 + (file == "checkpoint.pt"), power_cut, file, before))
 
 @pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda a: " ".join(map(str, a[2:3] + a[4:])))
-def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, whole, monkeypatch, accident):
+def test_stopped_and_resumed_is_bit_for_bit_the_same(whole, parts, monkeypatch, accident):
     """With checkpoints at 2 and 4; after a crash in step 3 that step is in the log twice."""
-    name, whole = whole
-    parts, out = replace(whole, out=str(tmp_path / name)), tmp_path / name
-    handler = signal.getsignal(signal.SIGINT)
+    out, handler = Path(parts.out), signal.getsignal(signal.SIGINT)
     act_at(monkeypatch, *accident)
-    assert how_it_ends(name, parts) == ENDS[accident[3]]
+    assert how_it_ends(parts) == ENDS[accident[3]]
     assert signal.getsignal(signal.SIGINT) is handler
     assert accident[1] != "log" or len(rows_of(out)) == accident[2]
     finished = (out / "eval.json").exists()
     assert finished == (accident[4:] == ("eval.json", False))
     if not finished and (out / "run.json").exists():
-        assert "--resume" in how_it_ends(name, parts)
-        assert "--seed was 0" in how_it_ends(name, replace(parts, resume=True, seed=7))
+        assert "--resume" in how_it_ends(parts)
+        assert "--seed was 0" in how_it_ends(replace(parts, resume=True, seed=7))
     if not finished:
-        STAGES[name].main(replace(parts, resume=True))
-    assert_same(name, whole, parts)
+        run(replace(parts, resume=True))
+    assert_same(whole, parts)
 
 @pytest.mark.parametrize("whole", ["rejection_sample"], indirect=True)
-def test_stopped_while_it_samples(tmp_path, whole, monkeypatch):
-    name, whole = whole
-    parts = replace(whole, out=str(tmp_path / name), resume=True)
-    for call in (2, 3):  # in the answers, and then in those to held-out prompts
-        act_at(monkeypatch, STAGES[name], "sample_and_score", call, ctrl_c)
-        assert how_it_ends(name, parts) == "SystemExit(130)"
-    STAGES[name].main(parts)
-    assert_same(name, whole, parts)
+def test_stopped_while_it_samples(whole, parts, monkeypatch):
+    """In the answers and in those to held-out prompts; then half a part and half a line lie there.
+    Only they are sampled again, to the same bytes."""
+    stage, candidates = STAGES["rejection_sample"], Path(parts.out) / "candidates.jsonl"
+    spy = Mock(wraps=stage.sample_and_score)
+    monkeypatch.setattr(stage, "sample_and_score", spy)
+    for call in (2, 3):
+        act_at(monkeypatch, stage, "sample_and_score", call, ctrl_c)
+        assert how_it_ends(replace(parts, resume=True)) == "SystemExit(130)"
+    lines = candidates.read_bytes().splitlines(keepends=True)
+    candidates.write_bytes(b"".join(lines[:5]) + b'{"pro')
+    assert_same(whole, run(replace(parts, resume=True)))
+    assert [len(call.args[2]) for call in spy.call_args_list] == [2, 2, 2, 2, 1, 2]
+    for name in ("candidates", "eval_candidates", "sft", "dpo"):
+        mine, theirs = (Path(cfg.out) / f"{name}.jsonl" for cfg in (parts, whole))
+        assert mine.read_bytes() == theirs.read_bytes(), name
 
 @pytest.mark.parametrize("save_every", [0, 1])
-def test_checkpoints_change_nothing(tmp_path, whole, save_every):
-    name, whole = whole
-    cfg = replace(whole, out=str(tmp_path / name), save_every=save_every)
-    STAGES[name].main(cfg)
-    assert_same(name, whole, cfg)
+def test_checkpoints_change_nothing(whole, parts, save_every):
+    assert_same(whole, run(replace(parts, save_every=save_every)))
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_the_same(tmp_path, whole):
+def test_killed_at_random_moments_it_ends_the_same(whole, parts):
     """20 SIGKILLs, wherever they fall: loading, sampling, steps, saving, the end."""
     from soak import in_a_child
 
-    name, whole = whole
-    parts = replace(whole, out=str(tmp_path / name), resume=True)
-    run, rng, kills = partial(STAGES[name].main, parts), random.Random(name), 0
+    rng, kills, done = random.Random(0), 0, Path(parts.out, "eval.json")
     start = time.perf_counter()
-    assert in_a_child(run) == 0
+    assert in_a_child(partial(run, parts)) == 0
     seconds = time.perf_counter() - start
-    while kills < 20 or not (tmp_path / name / "eval.json").exists():
-        if (tmp_path / name / "eval.json").exists():
-            assert_same(name, whole, parts)
-            shutil.rmtree(tmp_path / name)  # from the start again
-        after = rng.uniform(0.1, 1.1 + 0.1 * (kills > 20)) * seconds
-        code = in_a_child(run, signal.SIGKILL, after)
+    while kills < 20 or not done.exists():
+        if done.exists():
+            assert_same(whole, parts)
+            shutil.rmtree(parts.out)  # from the start again
+        delay = rng.uniform(0.1, 1.1 + 0.1 * (kills > 20)) * seconds
+        code = in_a_child(partial(run, replace(parts, resume=True)), signal.SIGKILL, delay)
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
-    assert_same(name, whole, parts)
+    assert_same(whole, parts)
 
 @pytest.mark.parametrize("step", [3, 5])
-def test_a_full_disk_is_one_line_and_no_loss(tmp_path, whole, monkeypatch, refused, step):
+def test_a_full_disk_is_one_line_and_no_loss(whole, parts, monkeypatch, refused, step):
     """From `step` on no file can grow beyond 60,000 bytes: no further checkpoint, no model."""
-    name, whole = whole
-    parts = replace(whole, out=str(tmp_path / name))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (60_000, limits[1]))
     act_at(monkeypatch, common.Run, "log", step, fill)
     try:
-        assert str(tmp_path / name) in refused(name, parts, begun=True)
+        assert parts.out in refused(parts, begun=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    state = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-    assert state["step"] == step - 1 and not (tmp_path / name / "eval.json").exists()
-    STAGES[name].main(replace(parts, resume=True))
-    assert_same(name, whole, parts)
+    state = torch.load(f"{parts.out}/checkpoint.pt", weights_only=True)
+    assert state["step"] == step - 1 and not os.path.exists(f"{parts.out}/eval.json")
+    assert_same(whole, run(replace(parts, resume=True)))
 
 @pytest.fixture
 def halted(tmp_path, data, tiny_folder, monkeypatch):
@@ -344,14 +329,14 @@ def halted(tmp_path, data, tiny_folder, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "model")
     cfg = sft_config(tmp_path / "data", tmp_path / "model", tmp_path / "out")
     act_at(monkeypatch, common.Run, "log", 2, sigterm)
-    assert how_it_ends("sft", cfg) == "SystemExit(143)"
+    assert how_it_ends(cfg) == "SystemExit(143)"
     return replace(cfg, resume=True)
 
 @pytest.mark.parametrize("keep", [0, 100])
 @pytest.mark.parametrize("file", ["run.json", "checkpoint.pt", "metrics.jsonl"])
 def test_a_damaged_run_folder_is_one_line(halted, refused, file, keep):
     os.truncate(Path(halted.out) / file, keep)
-    assert file in refused("sft", halted).removeprefix(f"sft.py: {halted.out}")
+    assert file in refused(halted).removeprefix(f"sft.py: {halted.out}")
     assert (Path(halted.out) / file).stat().st_size == keep
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -359,20 +344,20 @@ def test_resume_says_what_has_changed(halted, monkeypatch, capsys, changed):
     if changed:
         write(Path(halted.data), [dict(prompt="one", completion="more")] * 20)
         os.utime(Path(halted.model) / "config.json", (time.time() + 10, time.time() + 10))
-    assert command_line(monkeypatch, "sft", halted) == 0
+    assert command_line(monkeypatch, halted) == 0
     said = [x for x in capsys.readouterr().out.splitlines() if "not what this run began" in x]
     paths = [halted.data, halted.model] if changed else []
     assert sorted(x.split(": ")[1].split()[0] for x in said) == paths
 
 def test_ctrl_c_before_the_steps_is_one_line(tmp_path, bad, monkeypatch, capsys):
     act_at(monkeypatch, common, "load_policy", 1, ctrl_c)
-    assert command_line(monkeypatch, "sft", sft_config(bad, bad / "SFT", tmp_path / "out")) == 130
+    assert command_line(monkeypatch, sft_config(bad, bad / "SFT", tmp_path / "out")) == 130
     assert capsys.readouterr().err == "sft.py: stopped\n" and not (tmp_path / "out").exists()
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, bad, monkeypatch, capsys):
     """Within a --reward_fn, too, whose own SystemExit would be an error."""
     cfg = CONFIGS["ppo"](bad, bad / "SFT", tmp_path / "out", reward_fn=f"{bad / 'rules.py'}:slow")
-    assert command_line(monkeypatch, "ppo", cfg) == 130
+    assert command_line(monkeypatch, cfg) == 130
     assert "rules.py" not in capsys.readouterr().err and not rows_of(cfg.out)
 
 @pytest.mark.slow  # it trains the embedded world's first steps
@@ -402,7 +387,7 @@ def test_a_closed_pipe_ends_no_run(tmp_path, bad):
 def test_a_run_that_diverges_ends_in_one_line(tmp_path, data, sft_folder, refused, name, steps):
     flags = dict(lr=1e30, steps=steps, save_every=1)
     flags |= dict(max_grad_norm=1e30, ppo_epochs=1) if name == "ppo" else {}
-    line = refused(name, CONFIGS[name](data, sft_folder, tmp_path / "out", **flags), begun=True)
+    line = refused(CONFIGS[name](data, sft_folder, tmp_path / "out", **flags), begun=True)
     assert " is nan; " in line or " is inf; " in line
     assert ("no model is saved" if steps == 1 else "--warmup") in line
     left = set(os.listdir(tmp_path / "out"))
@@ -411,12 +396,11 @@ def test_a_run_that_diverges_ends_in_one_line(tmp_path, data, sft_folder, refuse
 def test_functions_get_copies(tmp_path, bad):
     prompts, rules = str(bad / "chat_prompts.jsonl"), str(bad / "rules.py")
     flags = dict(reward_fn=f"{rules}:spoils", gold_fn=f"{rules}:unspoilt", eval_data=prompts)
-    cfg = CONFIGS["ppo"](bad, bad / "SFT", tmp_path / "ppo", data=prompts, **flags)
-    STAGES["ppo"].main(cfg)
+    cfg = run(CONFIGS["ppo"](bad, bad / "SFT", tmp_path / "ppo", data=prompts, **flags))
     assert eval_of(cfg.out)["gold_before"] == eval_of(cfg.out)["gold_after"] == 1
     assert "spoilt" not in (tmp_path / "ppo/samples.jsonl").read_text()
 
 def test_a_folder_may_be_named_like_a_choice(tmp_path, data, sft_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for overwrite in (False, True):
-        STAGES["ppo"].main(CONFIGS["ppo"](data, sft_folder, "clip", steps=1, overwrite=overwrite))
+        run(CONFIGS["ppo"](data, sft_folder, "clip", steps=1, overwrite=overwrite))

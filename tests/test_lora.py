@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, STAGES, make_tokenizer, rows_of, weights_of
+from conftest import CONFIGS, STAGES, make_tokenizer, rows_of, save, weights_of
 from test_distributed import codes, start
 
 import common
@@ -23,8 +23,8 @@ TRAINED = dict(llama=2 * 7 * 2, gpt2=2 * 4 * 2, value=2 * 7 * 2 + 1)
 def folders(tmp_path_factory, tiny_folder, reward_folder):
     gpt2 = tmp_path_factory.mktemp("gpt2")
     sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2)
-    lm = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=320, **sizes))
-    lm.save_pretrained(gpt2)
+    config = transformers.GPT2Config(vocab_size=320, **sizes)
+    transformers.GPT2LMHeadModel(config).save_pretrained(gpt2)
     return dict(llama=tiny_folder, gpt2=gpt2, value=reward_folder)
 
 def load(kind, folder, dtype=torch.float32):
@@ -48,7 +48,6 @@ def gap(a, b):
 def test_off_is_the_base_bit_for_bit_on_is_what_was_learned(tmp_path, data, folders, kind, world):
     """At the start, after training, when a checkpoint is read again, and in the saved folder."""
     cfg = CONFIGS["sft"](data, folders[kind], tmp_path / "run", **RANK)
-
     def make(cfg):
         module = load(kind, folders[kind])
         common.add_lora(module, cfg)
@@ -56,7 +55,6 @@ def test_off_is_the_base_bit_for_bit_on_is_what_was_learned(tmp_path, data, fold
         run = common.Run(cfg)
         run.begin(module=(module, optimizer))
         return module, optimizer, run
-
     def look():
         common.choose_device("cpu")
         base = said(load(kind, folders[kind]))
@@ -74,7 +72,6 @@ def test_off_is_the_base_bit_for_bit_on_is_what_was_learned(tmp_path, data, fold
         run.checkpoint(3)
         if common.rank() == 0:
             run.metrics.close()  # or the folder would be locked
-
         module, *_ = make(replace(cfg, resume=True))
         assert torch.equal(said(module), learned) and torch.equal(said_off(module), base)
         assert set(torch.load(tmp_path / "run/checkpoint.pt")["module"][0]) == trained
@@ -101,8 +98,7 @@ def made_by_peft(task, base, folder):
     lm = getattr(transformers, f"AutoModelFor{name}").from_pretrained(base, num_labels=1)
     how = dict(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = peft.get_peft_model(lm, peft.LoraConfig(task_type=task, **how)).eval()
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save(folder, model, make_tokenizer())
     return model
 
 def test_an_adapter_made_by_peft_is_merged_or_refused(tmp_path, data, tiny_folder):
@@ -114,11 +110,9 @@ def test_an_adapter_made_by_peft_is_merged_or_refused(tmp_path, data, tiny_folde
     STAGES["reward"].main(CONFIGS["reward"](data, policy, tmp_path / "reward"))
     STAGES["ppo"].main(CONFIGS["ppo"](data, policy, tmp_path / "ppo", **RANK))
     assert rows_of(tmp_path / "ppo")[0]["kl"] == 0
-
     theirs = made_by_peft("SEQ_CLS", tiny_folder, scorer)
     for score, example in zip(load("value", scorer).last(BATCH), EXAMPLES):
         assert gap(score, theirs(input_ids=torch.tensor([example["ids"]])).logits) < 1e-4
-
     for kind, folder, task in (("value", policy, "CAUSAL_LM"), ("llama", scorer, "SEQ_CLS")):
         with pytest.raises(common.UserError, match=f"{folder}: an adapter .{task}. where"):
             load(kind, folder)
@@ -132,18 +126,15 @@ def test_peft_is_asked_for_in_one_line(tmp_path, data, tiny_folder, monkeypatch)
 
 def test_each_stage_goes_on_from_the_one_before(tmp_path, data, tiny_folder, monkeypatch):
     """All with adapters. In ppo.py two backbones serve four models: the reference is the policy
-    without its adapter, the reward model the value model without its own.
-    """
+    without its adapter, the reward model the value model without its own."""
     modules, heard = [], []
     add_lora, finish = common.add_lora, common.Run.finish
-
     def listen(self, *args):
         heard[:] = [(said(module), said_off(module)) for module in modules]
         finish(self, *args)
 
     monkeypatch.setattr(common, "add_lora", lambda *a: add_lora(*a) or modules.append(a[0]))
     monkeypatch.setattr(common.Run, "finish", listen)
-
     def learn(name, start, **flags):
         """A stage's weights, and what its models said at its end, on and off."""
         modules.clear()
@@ -155,7 +146,6 @@ def test_each_stage_goes_on_from_the_one_before(tmp_path, data, tiny_folder, mon
     policy, scorer = load("llama", tmp_path / "sft"), load("value", tmp_path / "reward")
     assert gap(said(policy), policy_on) < 1e-5 < 0.01 < gap(policy_on, policy_off)
     assert gap(said(scorer), scorer_on) < 1e-5
-
     flags = dict(reward_fn="", reward=str(tmp_path / "reward"), lr=0.01, value_lr=0.01)
     two, (on, off), (value_on, value_off) = learn("ppo", tmp_path / "sft", **flags)
     assert torch.equal(off, said(policy)) and torch.equal(value_off, said(scorer))

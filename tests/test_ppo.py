@@ -141,33 +141,42 @@ def logprobs_of(logits, trajectory):
 def mask_of(trajectory):
     return (torch.arange(LIMIT) < len(trajectory)).double()[None]
 
+KL_COEF, REF = 0.4, table(11)
+
 def score_of(trajectory):
     return 1.0 + 2 * trajectory[0] - 3.0 * (trajectory[-1] != EOS) + 0.5 * len(trajectory) ** 2
 
-@pytest.mark.parametrize("objective, baseline", [
-    ("pg", False), ("clip", False), ("clip", True), ("kl", False), ("kl", True),
-])  # fmt: skip
-def test_expected_gradient_is_that_of_the_expected_reward(objective, baseline):
-    """grad E[score - kl_coef KL], by autograd through all 15 probabilities, against the mean of
-    PPO's gradients: token_rewards, gae with lam=1, policy_loss at ratio 1. A value function (any
-    numbers) is a baseline: it must not change the mean.
-    """
-    kl_coef, ref, state_values = 0.4, table(11), table(12)[:, 0]
-    exact, logits = table(10).requires_grad_(), table(10).requires_grad_()
-    total = expected_reward = 0
+@pytest.fixture
+def exact():
+    """grad E[score - kl_coef KL], by autograd through all 15 probabilities."""
+    logits, expected_reward, total = table(10).requires_grad_(), 0, 0
     for tau in TRAJECTORIES:
-        log_p = logprobs_of(exact, tau).sum()
-        penalty = kl_coef * (log_p - logprobs_of(ref, tau).sum())
+        log_p = logprobs_of(logits, tau).sum()
+        penalty = KL_COEF * (log_p - logprobs_of(REF, tau).sum())
         expected_reward = expected_reward + log_p.exp() * (score_of(tau) - penalty)
         total += log_p.exp().item()
     assert total == pytest.approx(1.0, rel=1e-12) and len(TRAJECTORIES) == 15  # all there are
     expected_reward.backward()
+    assert logits.grad.abs().max() > 0.1
+    return logits.grad
 
+def episodes(logits, group):
+    """log pi with its gradient and without, rewards and mask of some trajectories: (B, LIMIT)."""
+    new, ref = (torch.cat([logprobs_of(x, tau) for tau in group]) for x in (logits, REF))
+    scores = torch.tensor([score_of(tau) for tau in group], dtype=torch.float64)
+    mask, old = torch.cat([mask_of(tau) for tau in group]), new.detach()
+    return new, old, ppo.token_rewards(scores, old, ref, mask, KL_COEF), mask
+
+@pytest.mark.parametrize("objective, baseline", [
+    ("pg", False), ("clip", False), ("clip", True), ("kl", False), ("kl", True),
+])  # fmt: skip
+def test_expected_gradient_is_that_of_the_expected_reward(exact, objective, baseline):
+    """The mean of PPO's gradients: token_rewards, gae with lam=1, policy_loss at ratio 1. A value
+    function (any numbers) is a baseline: it must not change the mean.
+    """
+    state_values, logits = table(12)[:, 0], table(10).requires_grad_()
     for tau in TRAJECTORIES:
-        new, mask = logprobs_of(logits, tau), mask_of(tau)
-        old = new.detach()
-        score = torch.tensor([score_of(tau)], dtype=torch.float64)
-        rewards = ppo.token_rewards(score, old, logprobs_of(ref, tau), mask, kl_coef)
+        new, old, rewards, mask = episodes(logits, [tau])
         values = torch.zeros(1, LIMIT, dtype=torch.float64)
         for t in range(len(tau) if baseline else 0):
             values[0, t] = state_values[PREFIXES.index(tau[:t])]
@@ -176,8 +185,25 @@ def test_expected_gradient_is_that_of_the_expected_reward(objective, baseline):
             advantages = rewards.sum(1, keepdim=True) * mask
         loss, _ = ppo.policy_loss(new, old, advantages, mask, objective, EPS, BETA)
         (loss * len(tau) * old.sum().exp()).backward()  # a sum over tokens, times p(tau)
-    assert exact.grad.abs().max() > 0.1
-    assert torch.allclose(-logits.grad, exact.grad, atol=1e-12)
+    assert torch.allclose(-logits.grad, exact, atol=1e-12)
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_group_baseline_is_unbiased(exact, objective):
+    """All 225 groups of two answers, of 1 to 3 tokens: the other's total reward is a baseline."""
+    logits = table(10).requires_grad_()
+    for group in product(TRAJECTORIES, repeat=2):
+        new, old, rewards, mask = episodes(logits, group)
+        advantages = ppo.group_advantages(rewards, mask, 2)
+        loss, _ = ppo.policy_loss(new, old, advantages, mask, objective, EPS, BETA)
+        (loss * mask.sum() / 2 * old.sum().exp()).backward()  # a mean over the two answers
+    assert torch.allclose(-logits.grad, exact, atol=1e-12)
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 2, 0], [4, 0, 0], [0, 0, 5], [1, 1, 1], [2, 0, 0], [6, 0, 0]])
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    # Totals 3 4 5 and 3 2 6: less (4 + 5) / 2, (3 + 5) / 2, ...
+    expected = [[-1.5, -1.5, 0], [0, 0, 0], [1.5] * 3, [-1.0] * 3, [-2.5, 0, 0], [3.5, 3.5, 0]]
+    assert ppo.group_advantages(rewards, mask, 3).tolist() == expected
 
 def test_importance_sampling_is_unbiased():
     """E_old[ratio * A] = E_new[A] in every state, and E_old[approx_kl] = KL(pi_old, pi_new)."""

@@ -51,7 +51,8 @@ def test_the_reward_function_scores_as_the_reward_model(tmp_path, reward_folder)
     scores = scorer.last(common.collate([common.encode(tokenizer, "How?", a) for a in answers]))
     expected = [s + scorer.mean - 0.01 * len(a) for s, a in zip(scores.tolist(), answers)]
     score = common.function_score(f"{tmp_path / 'judge.py'}:score", tokenizer)
-    found = score(["How?"] * 2, None, tokenizer(answers, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    found = score([dict(prompt="How?")] * 2, ids)
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 @pytest.mark.slow  # some ten minutes

@@ -5,22 +5,22 @@ import math
 import re
 import shutil
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from itertools import permutations, product
+from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import eval_of, letters, plain_logprobs, rejection_sample_config, rows_of, sft_config
+from conftest import eval_of, letters, plain_logprobs, rejection_sample_config, rows_of, run
+from conftest import sft_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import rejection_sample as rs
-import sft
 
 def test_best_of_n_and_its_kl_against_the_exact_law():
     """N draws of M equally likely answers with different rewards: the law of the best one is
@@ -70,8 +70,7 @@ def test_the_acceptance_law_for_three_answers(rewards, beta, num_samples):
 
 @pytest.mark.parametrize("rewards, method, pairs", [
     ([1, 3, 2, 0], "first_round", [(1, 0), (2, 3)]),  # the docstring's
-    ([1, 3, 2, 0], "tournament", [(1, 0), (2, 3), (1, 2)]),
-    ([1, 3, 2], "first_round", [(1, 0)]),
+    ([1, 3, 2, 0], "tournament", [(1, 0), (2, 3), (1, 2)]), ([1, 3, 2], "first_round", [(1, 0)]),
     ([1, 3, 4], "tournament", [(1, 0), (2, 1)]),  # the third one enters the second round
     ([1, 1, 0, 5], "first_round", [(3, 2)]),  # equal rewards make no pair
     ([2, 2, 1, 0], "tournament", [(2, 3), (0, 2)]),  # ... but somebody goes on
@@ -104,8 +103,7 @@ def test_losses_against_their_formulas():
 def policy_folder(tmp_path_factory, data, tiny_folder):
     """A tiny model that has learned to end its answers, most of the time."""
     out = tmp_path_factory.mktemp("policy") / "sft"
-    sft.main(sft_config(data, tiny_folder, out, steps=12, epochs=10.0))
-    return out
+    return Path(run(sft_config(data, tiny_folder, out, steps=12, epochs=10.0)).out)
 
 config = partial(rejection_sample_config, max_new_tokens=12)
 
@@ -113,21 +111,15 @@ config = partial(rejection_sample_config, max_new_tokens=12)
 def test_steps_in_plain_torch(tmp_path, data, policy_folder, updates, loss, micro_tokens):
     """Human pairs; loss and gradient by a plain forward a sequence, whatever the micro-batches."""
     path, T, beta = str(data / "pairs.jsonl"), 0.7, 0.3
-    cfg = config(
-        data, policy_folder, tmp_path / "dpo", pairs=path, eval_data=path, reward_fn="", loss=loss,
-        temperature=T, beta=beta, batch_size=12, steps=3, micro_tokens=micro_tokens,
-    )  # fmt: skip
-    rs.main(cfg)
+    flags = dict(pairs=path, eval_data=path, reward_fn="", loss=loss, temperature=T, beta=beta)
+    flags |= dict(batch_size=12, steps=3, micro_tokens=micro_tokens)
+    cfg = run(config(data, policy_folder, tmp_path / "dpo", **flags))
     tokenizer, pairs = AutoTokenizer.from_pretrained(cfg.policy), rows_of(data, "pairs")
     ref, plain, final = map(AutoModelForCausalLM.from_pretrained, (cfg.policy, cfg.policy, cfg.out))
-
     def logratios(lm, key):  # log pi(y|x) / pi_ref(y|x) of all 12
-        found = []
-        for row in pairs:
-            ours, theirs = (plain_logprobs(m, tokenizer, row["prompt"], row[key], T).sum()
-                            for m in (lm, ref))  # fmt: skip
-            found.append(ours - theirs.detach())
-        return torch.stack(found)
+        texts = [(tokenizer, row["prompt"], row[key], T) for row in pairs]
+        ours, theirs = ([plain_logprobs(m, *x).sum() for x in texts] for m in (lm, ref))
+        return torch.stack(ours) - torch.stack(theirs).detach()
 
     for (weights, gradient), metrics in zip(updates, rows_of(cfg.out), strict=True):
         torch.nn.utils.vector_to_parameters(weights, plain.parameters())
@@ -135,7 +127,7 @@ def test_steps_in_plain_torch(tmp_path, data, policy_folder, updates, loss, micr
         mean = rs.dpo_loss(up, down, torch.zeros(12), torch.zeros(12), beta, loss)
         right = ((up - down).sign() + 1).mean() / 2  # a tie counts half
         expected = [mean, right, beta * (up - down).mean(), up.mean(), down.mean()]
-        names = ("loss", "accuracy", "margin", "chosen_logratio", "rejected_logratio")
+        names = "loss accuracy margin chosen_logratio rejected_logratio".split()
         found = [metrics[name] for name in names]
         assert found == pytest.approx([x.item() for x in expected], rel=1e-4, abs=1e-5)
         parts = torch.autograd.grad(mean, list(plain.parameters()))
@@ -144,29 +136,9 @@ def test_steps_in_plain_torch(tmp_path, data, policy_folder, updates, loss, micr
     right = logratios(final, "chosen") > logratios(final, "rejected")
     assert eval_of(cfg.out)["accuracy"] == pytest.approx(right.float().mean().item())
 
-def test_the_reference_reads_only_pairs_in_use(tmp_path, data, policy_folder, monkeypatch):
-    """Of 12 pairs 2 steps use 4: both models read those once, and no other."""
-    forward, read = common.Policy.forward, defaultdict(Counter)
-
-    def counted(self, batch, *args):
-        for ids, mask in zip(batch["ids"], batch["mask"]):
-            read[self][tuple(ids[: mask.nonzero().max() + 1].tolist())] += 1
-        return forward(self, batch, *args)
-
-    monkeypatch.setattr(common.Policy, "forward", counted)
-    pairs = data / "pairs.jsonl"
-    rs.main(config(data, policy_folder, tmp_path / "out", pairs=str(pairs), steps=2, batch_size=2))
-    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
-    encoded = rs.encode_pairs(common.read_jsonl(pairs), tokenizer, 99)
-    examples = Counter(tuple(example["ids"]) for pair in encoded for example in pair)
-    policy, ref = (seen & examples for seen in read.values())
-    assert policy == ref and ref.total() == 8 and examples.total() == 24
-
 @pytest.fixture(scope="module")
 def best_of_n_run(tmp_path_factory, data, policy_folder):
-    cfg = config(data, policy_folder, tmp_path_factory.mktemp("rs") / "best_of_n")
-    rs.main(cfg)
-    return cfg
+    return run(config(data, policy_folder, tmp_path_factory.mktemp("rs") / "best_of_n"))
 
 def judged(cfg, name):
     """Each prompt's answers as (text, reward by the rule less the penalty, ended), from the ids."""
@@ -188,7 +160,6 @@ def test_best_of_n_files(tmp_path, data, best_of_n_run):
     cfg, demonstrations, pairs, flat = best_of_n_run, [], [], []
     for prompt, answers in judged(cfg, "candidates"):
         flat += [ended for *_, ended in answers]
-        answers = [answer for answer in answers if answer[0].strip()]
         winner, worst = best(answers), min(answers, key=lambda answer: answer[1])
         if winner[2]:
             demonstrations.append(dict(prompt=prompt, completion=winner[0]))
@@ -197,8 +168,7 @@ def test_best_of_n_files(tmp_path, data, best_of_n_run):
     assert 0 < sum(flat) < len(flat)  # both kinds occur, or the test would be of no use
     assert rows_of(cfg.out, "sft") == demonstrations and rows_of(cfg.out, "dpo") == pairs and pairs
     path = f"{cfg.out}/sft.jsonl"
-    sft.main(sft_config(data, cfg.policy, tmp_path / "sft", data=path, eval_data=path))
-
+    run(sft_config(data, cfg.policy, tmp_path / "sft", data=path, eval_data=path))
     results, samples = eval_of(cfg.out), rows_of(cfg.out, "samples")
     for (prompt, answers), sample in zip(judged(cfg, "eval_candidates"), samples, strict=True):
         text, reward, ended = best(answers)
@@ -206,13 +176,11 @@ def test_best_of_n_files(tmp_path, data, best_of_n_run):
         assert sample["score_best_of_n"] == reward + (not ended)
     assert results["kl"] != 0 and results["kl_best_of_n"] == math.log(8) - 7 / 8
 
-@pytest.mark.parametrize("rank, loss, name", [
-    ("first_round", "none", "prompts"), ("tournament", "sigmoid", "chat_prompts"),
-])  # fmt: skip
-def test_rso_outputs(tmp_path, data, policy_folder, rank, loss, name):
+@pytest.mark.parametrize("rank, name", [("first_round", "prompts"), ("tournament", "chat_prompts")])
+def test_rso_outputs(tmp_path, data, policy_folder, rank, name):
+    loss = "none" if rank == "first_round" else "sigmoid"
     flags = dict(method="rso", rank=rank, loss=loss, data=str(data / f"{name}.jsonl"))
-    cfg = config(data, policy_folder, tmp_path / "rso", **flags)
-    rs.main(cfg)
+    cfg = run(config(data, policy_folder, tmp_path / "rso", **flags))
     answers = {(str(p), a[0]): a for p, answers in judged(cfg, "candidates") for a in answers}
     pairs = rows_of(cfg.out, "dpo")
     for pair in pairs:
@@ -227,30 +195,31 @@ def test_rso_outputs(tmp_path, data, policy_folder, rank, loss, name):
     names = {path.name for path in (tmp_path / "rso").iterdir()}
     assert "sft.jsonl" not in names and ("model.safetensors" in names) == (loss != "none")
 
-def test_answers_without_text_and_of_the_same_text_are_left_out(tmp_path, data, policy_folder):
-    """sft.py and --pairs refuse an empty response, and "sea", ended or cut, is no preference."""
+def test_pairs_are_two_texts_and_the_better_one_ended(tmp_path, data, policy_folder):
+    """An empty text is one, but "sea", ended or cut, is no preference. The tools go along."""
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     a, sea, boat = (tokenizer(text)["input_ids"] for text in ("a", "sea", "boat"))
     sea, boat = sea[1:], boat[1:]  # without <bos>
-
     def candidate(*answers):
         responses = [ids + [2] * ended for ids, ended, _ in answers]
         _, ended, rewards = map(list, zip(*answers))
         return dict(prompt="a", prompt_ids=a, responses=responses, ended=ended, rewards=rewards)
 
-    Y, N = True, False
+    Y, N, cfg = True, False, config(data, policy_folder, tmp_path)
     candidates = [
-        candidate(([], Y, 5.0), (sea, Y, 3.0), (boat, Y, 1.0), ([], Y, 0.0)),  # not the empty ones
+        candidate(([], Y, 5.0), (sea, Y, 3.0), (boat, Y, 1.0)),
         candidate((sea, Y, 3.0), (sea, N, 2.0), (sea, Y, 3.0)),  # the same text wins and loses
         candidate((sea, Y, 3.0), (boat, N, 9.0), (boat, Y, 1.0)),  # cut, so not the best
         candidate((sea, N, 3.0), (boat, N, 9.0), (boat, N, 1.0)),  # none ended
     ]
-    cfg = config(data, policy_folder, tmp_path)
-    pairs = rs.select(SimpleNamespace(out=tmp_path), candidates, tokenizer, cfg)
-    assert rows_of(cfg.out, "sft") == [dict(prompt="a", completion="sea")] * 3
-    assert rows_of(cfg.out, "dpo") == [dict(prompt="a", chosen="sea", rejected="boat")] * 2
+    line = dict(prompt="a", tools=[dict(name="row")])
+    prompts = [line | dict(ids=a, where="f:1", kind="x")] * 4
+    pairs = rs.select(SimpleNamespace(out=tmp_path), prompts, candidates, tokenizer, cfg)
+    assert rows_of(cfg.out, "sft") == [line | dict(completion=text) for text in ("", "sea", "sea")]
+    wins = [line | dict(chosen=text, rejected="boat") for text in ("", "sea")]
+    assert rows_of(cfg.out, "dpo") == wins
     # Read back as anybody's pairs the file is the same: here the text tokenises to the same ids.
-    assert rs.encode_pairs(common.read_jsonl(f"{cfg.out}/dpo.jsonl"), tokenizer, 99) == pairs
+    assert rs.load_pairs(common.read_jsonl(f"{cfg.out}/dpo.jsonl"), tokenizer, (), 99) == pairs
 
 @pytest.mark.parametrize("line", [b"garbage", b"", b"\xff\xfe", b"[1]", b'{"a": 1}', "others"])
 def test_candidates_that_this_run_did_not_write_are_refused(tmp_path, best_of_n_run, line):
@@ -262,26 +231,6 @@ def test_candidates_that_this_run_did_not_write_are_refused(tmp_path, best_of_n_
     path.write_bytes(b"".join(lines[1:] if line == "others" else [*lines, line, b"\n"]))
     with pytest.raises(common.UserError, match="candidates.jsonl"):
         rs.main(replace(best_of_n_run, out=str(folder), resume=True))
-
-def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path, best_of_n_run, monkeypatch):
-    """Half a part and half a line lie there: only they are sampled again, to the same bytes."""
-    whole = replace(best_of_n_run, slots=4, out=str(tmp_path / "whole"))
-    rs.main(whole)
-    parts = replace(whole, out=str(tmp_path / "parts"), resume=True)
-    shutil.copytree(whole.out, parts.out)
-    for name in ("eval.json", "eval_candidates.jsonl", "sft.jsonl", "dpo.jsonl", "samples.jsonl"):
-        (tmp_path / "parts" / name).unlink()
-    path = tmp_path / "parts/candidates.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]) + b'{"pro')
-    spy = Mock(wraps=rs.sample_and_score)
-    monkeypatch.setattr(rs, "sample_and_score", spy)
-    rs.main(parts)
-    # The last two prompts, then the three held-out ones.
-    assert [len(call.args[2]) for call in spy.call_args_list] == [2, 2, 1]
-    for name in ("candidates", "eval_candidates", "sft", "dpo", "samples"):
-        mine, theirs = (tmp_path / run / f"{name}.jsonl" for run in ("parts", "whole"))
-        assert mine.read_bytes() == theirs.read_bytes(), name
-    assert eval_of(parts.out) == eval_of(whole.out)
 
 @pytest.mark.parametrize("prompt, prompts", [("the sea", ["the sea"]), ("-", ["boats", "How?"])])
 def test_terminal(tmp_path, data, policy_folder, capsys, monkeypatch, prompt, prompts):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CONFIGS, ROOT, STAGES, chat, eval_of, ppo_config, rows_of
+from conftest import CONFIGS, ROOT, STAGES, after, chat, eval_of, ppo_config, rows_of, run
 
 import common
 
@@ -52,15 +52,9 @@ def test_no_answer_breaks_out_of_the_page(a_run):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_page_grows_with_the_run(tmp_path, data, sft_folder, name, monkeypatch):
-    pages, write = [], common.Run.write_report
-
-    def look(run, results=None):
-        write(run, results)
-        pages.append(data_of(run.out))
-
-    monkeypatch.setattr(common.Run, "write_report", look)
-    cfg = CONFIGS[name](data, sft_folder, tmp_path / "out", steps=3)
-    STAGES[name].main(cfg)
+    pages = []
+    after(monkeypatch, common.Run, "write_report", lambda run, *_: pages.append(data_of(run.out)))
+    cfg = run(CONFIGS[name](data, sft_folder, tmp_path / "out", steps=3))
     first, *_, last = pages
     assert first["results"] is None and first["metrics"] == rows_of(cfg.out)[:1]
     assert last["results"] == eval_of(cfg.out) and last["metrics"] == rows_of(cfg.out)
@@ -71,7 +65,6 @@ def test_the_page_grows_with_the_run(tmp_path, data, sft_folder, name, monkeypat
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 def test_a_browser_shows_the_page_on_a_phone(a_run, tmp_path):
     run, results = a_run
-
     def shown():
         (tmp_path / "page.html").write_bytes((run.out / "report.html").read_bytes() + PROBE)
         (tmp_path / "frame.html").write_text(FRAME)

@@ -5,7 +5,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import eval_of, make_llama, make_tokenizer, reward_config, rows_of, write
+from conftest import eval_of, make_llama, make_tokenizer, reward_config, rows_of, run, save, write
+from test_data import TRIMMING, chat_tokenizer, user
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
@@ -13,22 +14,18 @@ import reward
 
 CPU = torch.device("cpu")
 DATA = dict(
-    pairwise=[
-        dict(prompt="What is the capital?", chosen="The capital is Paris.", rejected="a boat"),
-        dict(prompt="How do I boil an egg?", chosen="Put it into hot water.", rejected="No"),
-        dict(prompt="你好", chosen="今天天气", rejected="egg egg egg egg egg egg egg"),
-    ],
-    pointwise=[
-        dict(prompt="What is the capital?", response="The capital is Paris.", score=2.5),
-        dict(prompt="Please tell me a story.", response="No", score=-1),
-        dict(prompt="How do I boil an egg?", response="Put it into hot water.", score=0.5),
-    ],
+    pairwise=[dict(prompt=prompt, chosen=a, rejected=b) for prompt, a, b in [
+        ("What is the capital?", "The capital is Paris.", "a boat"), ("an egg", "Hot water.", "No"),
+        ("你好", "今天天气", "egg egg egg egg egg egg egg")]],
+    pointwise=[dict(prompt=prompt, response=a, score=score) for prompt, a, score in [
+        ("What is the capital?", "The capital is Paris.", 2.5), ("an egg", "Hot water.", 0.5),
+        ("Please tell me a story.", "No", -1)]],
     listwise=[
         dict(prompt="the sea", responses=["a boat", "the sea", "egg"], ranks=[2, 1, 3]),
         dict(prompt="an egg", responses=["hot", "hot water", "wait", "No"], ranks=[1, 2, 2, 3]),
         dict(prompt="weather", responses=["今天天气怎么样", "story"], ranks=[2, 1]),
     ],
-)
+)  # fmt: skip
 
 def config(tmp_path, folder, loss, rows=None, **flags):
     path = tmp_path / f"{loss}.jsonl"
@@ -107,44 +104,46 @@ def test_wilson_interval_against_published_values():
         assert reward.wilson_interval(hits / n, n) == pytest.approx((low, high), abs=6e-5)
 
 BAD_ROWS = [
-    ("pointwise", dict(response="b", score=math.nan), '"score"'),
-    ("pointwise", dict(response="b", score="3"), '"score"'),
-    ("pointwise", dict(response="b", score=True), '"score"'),
-    ("pointwise", dict(response="b"), '"score"'),
-    ("pointwise", dict(response="", score=1.0), '"response"'),
+    *[("pointwise", dict(response="b", score=score), '"score"')
+      for score in (math.nan, 1e999, -(10**400), "3", True, None)],
     ("pointwise", dict(score=1.0), "0 responses"),
     ("pointwise", dict(response="b", completion="c", score=1.0), "2 responses"),
     ("pairwise", dict(chosen="b"), '"rejected"'),
     ("pairwise", dict(chosen=3, rejected="c"), '"chosen"'),
     ("pairwise", dict(chosen="b", rejected="c", prompt=None), '"prompt"'),
     ("pairwise", dict(response="b", score=1.0), "--loss"),
-    ("listwise", dict(responses=["b", "c"], ranks=[1, 2, 3]), '"ranks"'),
-    ("listwise", dict(responses=["b", "c"], ranks=[0, 1]), '"ranks"'),
-    ("listwise", dict(responses=["b", "c"], ranks=[1, 2.5]), '"ranks"'),
-    ("listwise", dict(responses=["b", "c"]), '"ranks"'),
-    ("listwise", dict(responses=["b"], ranks=[1]), "two or more responses"),
+    *[("listwise", dict(responses=["b", "c"], ranks=ranks), '"ranks" must')
+      for ranks in ([0, 1], [1, 2.5], [1, 10**30], [1], None)],
+    ("listwise", dict(responses=["b", "c"], ranks=[1, 2, 3]), "2 responses, expected 3"),
     ("listwise", dict(responses="bc", ranks=[1, 2]), "responses"),
     ("listwise", dict(responses=["b", 4], ranks=[1, 2]), '"responses[1]"'),
-]
+]  # fmt: skip
 
 @pytest.mark.parametrize("loss, row, names", BAD_ROWS)
 def test_a_bad_row_is_told_with_its_line(tmp_path, tiny_folder, loss, row, names):
     cfg = config(tmp_path, tiny_folder, loss, DATA[loss][:1] + [dict(prompt="a") | row])
     with pytest.raises(common.UserError) as error:
-        reward.load_judgements(cfg, common.load_tokenizer(tiny_folder), 99)
+        reward.load_judgements(cfg, common.load_tokenizer(tiny_folder), (), 99)
     message = str(error.value)
     assert message.startswith(f"{cfg.data}:2: ") and names in message and "\n" not in message
 
-def test_a_pair_beside_another_response_is_the_pair():
-    rows = [dict(prompt="a", chosen="b", rejected="c", where="file:1")]
-    rows.append(dict(rows[0], completion="d", response="e"))
-    alone, beside = [reward.read_judgement(make_tokenizer(), row) for row in rows]
-    assert alone == beside and len(alone.examples) == 2
+def test_what_orders_nothing_is_left_out(tmp_path, tiny_folder, capsys):
+    """Ties, or one response throughout; a template may make it so."""
+    rows = [dict(prompt="a", responses=["b", "c"], ranks=[2, 2]), *DATA["listwise"]]
+    rows.append(dict(prompt="a", responses=["b", "b", "b"], ranks=[1, 2, 3]))
+    cfg = config(tmp_path, tiny_folder, "listwise", rows)
+    for found in reward.load_judgements(cfg, common.load_tokenizer(tiny_folder), (), 99):
+        assert [judgement.targets for judgement in found] == [r["ranks"] for r in rows[1:-1]]
+    told = f"2 of 5 {{}} left out: 2 such as {cfg.data}:1: nothing but ties\n"
+    expected = told.format("judgements") + told.format("held-out judgements")
+    assert capsys.readouterr().out == expected
+    pair = dict(prompt=user("a"), chosen="b", rejected=" b", where="")
+    assert reward.read_judgement(chat_tokenizer(), (), pair)
+    with pytest.raises(common.Unlearnable, match="same response"):
+        reward.read_judgement(chat_tokenizer(TRIMMING), (), pair)
 
 def test_new_head_has_its_spread_and_its_seed(tmp_path):
-    tokenizer = make_tokenizer()
-    make_llama(len(tokenizer), hidden_size=1024, num_hidden_layers=1).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save(tmp_path, make_llama(320, hidden_size=1024, num_hidden_layers=1), make_tokenizer())
     heads = []
     for seed in (0, 0, 1):
         cfg = reward_config(tmp_path, tmp_path, tmp_path / "out", seed=seed)
@@ -164,17 +163,16 @@ def alone(lm, judgements):
 
 @pytest.mark.parametrize("loss", DATA)
 def test_a_run_against_its_scores_in_plain_transformers(tmp_path, tiny_folder, loss):
-    cfg = config(tmp_path, tiny_folder, loss, epochs=3.0, micro_tokens=60)
-    reward.main(cfg)
+    cfg = run(config(tmp_path, tiny_folder, loss, epochs=3.0, micro_tokens=60))
     plain = AutoModelForSequenceClassification.from_pretrained(cfg.out).eval()
-    judgements = reward.load_judgements(cfg, AutoTokenizer.from_pretrained(cfg.out), 99)[0]
+    tokenizer = AutoTokenizer.from_pretrained(cfg.out)
+    judgements = reward.load_judgements(cfg, tokenizer, (), 99)[0]
     with torch.no_grad():
         items = alone(plain, judgements)
     # Centred: the best response of each training judgement scores 0 on average.
     mean = sum(min(some, key=lambda item: item[1])[0] for some in items) / len(items)
     assert plain.config.reward_mean == pytest.approx(mean.item(), abs=1e-5)
     assert abs(mean) > 1e-3  # or the check above says nothing
-
     results = eval_of(cfg.out)  # the held-out data are the training data
     ranked = items if loss != "pointwise" else [[(r, -score) for [(r, score)] in items]]
     right = [a > b for some in ranked for a, b in pairs_of(some)]
@@ -186,13 +184,12 @@ def test_a_run_against_its_scores_in_plain_transformers(tmp_path, tiny_folder, l
 def test_gradient_is_that_of_the_whole_batch(tmp_path, tiny_folder, updates, loss):
     """Against one plain forward a response, and whatever the micro-batches."""
     cfg = config(tmp_path, tiny_folder, loss, seed=5, steps=1)
-    scorer, tokenizer = reward.new_reward_model(cfg, CPU)
-    judgements = reward.load_judgements(cfg, tokenizer, 99)[0]
+    scorer, tokenizer, ends = reward.new_reward_model(cfg, CPU)
+    judgements = reward.load_judgements(cfg, tokenizer, ends, 99)[0]
     scorer.lm.set_attn_implementation("eager")
     total = loop_loss(loss, alone(scorer.lm, judgements))
     total.backward()
     expected = torch.cat([p.grad.flatten() for p in scorer.parameters()])
-
     for micro_tokens in (1, 100, 10_000):
         flags = dict(micro_tokens=micro_tokens, overwrite=True)
         reward.main(config(tmp_path, tiny_folder, loss, seed=5, steps=1, **flags))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ANSWERS, CONFIGS, QUESTIONS, ROOT, chat, eval_of, flags_of, letters
+from conftest import ANSWERS, CONFIGS, QUESTIONS, ROOT, after, eval_of, flags_of, letters
 from conftest import make_llama, make_tokenizer, plain_logprobs, ppo_config, reward_config, rows_of
-from conftest import sft_config, weights_of, write
+from conftest import run, save, sft_config, weights_of, write
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import BertConfig
 
 import common
 import ppo
@@ -70,24 +70,27 @@ def test_held_out_judgements_of_another_form(tmp_path, data, sft_folder):
     scores, pairs = str(data / "scores.jsonl"), str(data / "pairs.jsonl")
     flags = dict(loss="pointwise", data=scores, overwrite=True)
     for held_out, n in (("", 1), (pairs, 12)):
-        cfg = reward_config(data, sft_folder, tmp_path / "out", **flags, eval_data=held_out)
-        reward.main(cfg)
+        cfg = run(reward_config(data, sft_folder, tmp_path / "out", **flags, eval_data=held_out))
         assert eval_of(cfg.out)["n"] == n and (eval_of(cfg.out)["accuracy"] is None) == (n == 1)
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(Path(scores).read_text() + Path(pairs).read_text())
     with pytest.raises(common.UserError, match="mixed.jsonl:13: pairwise data"):
         reward.main(replace(cfg, eval_data=str(mixed), out=str(tmp_path / "mixed")))
 
-@pytest.mark.parametrize("objective", ["clip", "kl", "pg"])
-def test_ppo_outputs(tmp_path, data, sft_folder, reward_folder, objective):
+@pytest.mark.parametrize("objective, advantage", [
+    ("clip", "gae"), ("kl", "gae"), ("pg", "gae"), ("clip", "group"),
+])  # fmt: skip
+def test_ppo_outputs(tmp_path, data, sft_folder, reward_folder, objective, advantage, capsys):
     flags = dict(objective=objective, ppo_epochs=3, reward_fn="", reward=str(reward_folder))
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags)
-    ppo.main(cfg)
+    flags |= dict(advantage=advantage, group=2, gamma=0.9 if advantage == "group" else 1.0)
+    cfg = run(ppo_config(data, sft_folder, tmp_path / "ppo", **flags))
+    value = {"vf_loss", "vf_clipfrac", "vf_grad_norm", "explained_variance"}
+    assert ("no use for --gamma\n" in capsys.readouterr().out) == (advantage == "group")
     rows, results = rows_of(cfg.out), eval_of(cfg.out)
-    assert [row["step"] for row in rows] == [1, 2]
-    assert [row["episodes"] for row in rows] == [4, 8]
+    assert [(row["step"], row["episodes"]) for row in rows] == [(1, 4), (2, 8)]
     for row in rows:
-        assert set(PPO_METRICS) <= set(row)
+        assert set(PPO_METRICS) - value <= set(row)
+        assert (value & set(row)) == (value if advantage == "gae" else set())
         assert row["epochs"] == (1 if objective == "pg" else 3)
         assert row["entropy"] > 0 and row["lr"] == cfg.lr
         assert 0 <= row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4
@@ -103,24 +106,21 @@ def test_ppo_outputs(tmp_path, data, sft_folder, reward_folder, objective):
 @pytest.fixture
 def losses(monkeypatch):
     """Every call of policy_loss: its new and old log-probs on real tokens, and the advantages."""
-    calls, original = [], ppo.policy_loss
-
+    calls = []
     def keep(new, old, advantages, mask, *args, **kwargs):
-        where = mask.bool()
-        calls.append((new.detach()[where], old[where], advantages[where]))
-        return original(new, old, advantages, mask, *args, **kwargs)
+        calls.append([x.detach()[mask.bool()] for x in (new, old, advantages)])
 
-    monkeypatch.setattr(ppo, "policy_loss", keep)
+    after(monkeypatch, ppo, "policy_loss", keep)
     return calls
 
 def test_every_ratio_is_one_before_the_first_update(tmp_path, data, sft_folder, losses):
     """In a one-epoch run that is every ratio, in step 2 as well: pi_old was synced. With a policy
-    at rest (no float32 weight feels 1e-30) it is, too, in all epochs of all minibatches."""
-    flags = dict(ppo_epochs=1, batch_size=8, micro_tokens=40)
-    for rest in ({}, dict(lr=1e-30, ppo_epochs=3, minibatches=2)):
+    at rest (no float32 weight feels 1e-30) it is, too, in all epochs of all minibatches; and as
+    long as only the value model learns."""
+    flags, epochs = dict(ppo_epochs=1, batch_size=8, micro_tokens=40), dict(ppo_epochs=3)
+    for rest in ({}, epochs | dict(lr=1e-30, minibatches=2), epochs | dict(value_warmup=2)):
         losses.clear()
-        cfg = ppo_config(data, sft_folder, tmp_path / str(len(rest)), **flags | rest)
-        ppo.main(cfg)
+        cfg = run(ppo_config(data, sft_folder, tmp_path / str(rest), **flags | rest))
         assert len(losses) > 2 * cfg.steps  # several micro-batches
         assert all(torch.allclose(new, old, atol=1e-5) for new, old, _ in losses)
         for row in rows_of(cfg.out):
@@ -129,7 +129,7 @@ def test_every_ratio_is_one_before_the_first_update(tmp_path, data, sft_folder, 
     assert [row["kl"] for row in rows_of(cfg.out)] == pytest.approx([0, 0], abs=1e-5)
 
 def test_advantages_are_whitened_over_the_rollout(tmp_path, data, sft_folder, losses):
-    flags = dict(ppo_epochs=1, steps=1, batch_size=8, minibatches=2, micro_tokens=40)
+    flags = dict(ppo_epochs=1, steps=1, batch_size=8, minibatches=2, micro_tokens=40, whiten=True)
     ppo.main(ppo_config(data, sft_folder, tmp_path / "clip", **flags))
     whole = torch.cat([advantages for _, _, advantages in losses]).double()
     assert whole.mean().item() == pytest.approx(0, abs=1e-5)
@@ -140,59 +140,45 @@ def test_advantages_are_whitened_over_the_rollout(tmp_path, data, sft_folder, lo
     # A count, less the missing-EOS penalty, less a KL of rounding errors: untouched.
     assert whole.min() >= -1.001 and torch.allclose(whole, whole.round(), atol=1e-4)
 
-@pytest.mark.parametrize("stop_kl, epochs", [(1e-6, 2), (1e9, 4)])
-def test_stop_kl_ends_the_epochs(tmp_path, data, sft_folder, stop_kl, epochs):
+def test_kl_stops_the_epochs_and_moves_kl_coef_and_beta(tmp_path, data, sft_folder):
     """Epoch 1 measures KL 0, before its update; epoch 2 measures more than nothing."""
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", ppo_epochs=4, stop_kl=stop_kl)
-    ppo.main(cfg)
-    assert [row["epochs"] for row in rows_of(cfg.out)] == [epochs, epochs]
-
-def test_kl_target_moves_kl_coef(tmp_path, data, sft_folder):
-    flags = dict(steps=4, kl_target=0.05, kl_coef=0.2, kl_horizon=40, lr=3e-2)
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags)
-    ppo.main(cfg)
-    rows = rows_of(cfg.out)
-    coef = 0.2
+    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", ppo_epochs=4, overwrite=True)
+    for stop_kl, epochs in [(1e-6, [2, 2]), (1e9, [4, 4])]:
+        assert [row["epochs"] for row in rows_of(run(replace(cfg, stop_kl=stop_kl)).out)] == epochs
+    for target, betas in [(1e6, [8, 4, 2]), (1e-12, [8, 16, 32])]:
+        run(replace(cfg, objective="kl", steps=3, beta=8.0, beta_target=target))
+        assert [row["beta"] for row in rows_of(cfg.out)] == betas
+    run(replace(cfg, steps=4, kl_target=0.05, kl_coef=0.2, kl_horizon=40, lr=3e-2))
+    rows, coef = rows_of(cfg.out), 0.2
     for row in rows:
         assert row["kl_coef"] == pytest.approx(coef, rel=1e-4)
         error = min(0.2, max(-0.2, row["kl"] / 0.05 - 1))
         coef *= 1 + error * 4 / 40
     assert rows[1]["kl_coef"] < 0.2 and rows[3]["kl_coef"] > rows[2]["kl_coef"]
 
-def test_beta_adapts_with_the_kl_objective(tmp_path, data, sft_folder):
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", objective="kl", steps=3, beta=8.0)
-    for target, betas in [(1e6, [8, 4, 2]), (1e-12, [8, 16, 32])]:
-        ppo.main(replace(cfg, beta_target=target, overwrite=True))
-        assert [row["beta"] for row in rows_of(cfg.out)] == betas
-
 def test_ptx_mixes_the_sft_loss_in(tmp_path, data, sft_folder):
     rows = [dict(prompt=q, completion=a) for q, a in zip(QUESTIONS, ANSWERS)]  # 4 lines
     write(tmp_path / "ptx.jsonl", rows)
-    cfg = ppo_config(data, sft_folder, tmp_path / "a", steps=1, ppo_epochs=1, micro_tokens=30)
-    ppo.main(cfg)
-    ptx = replace(cfg, out=str(tmp_path / "b"), ptx_coef=0.5, ptx_data=str(tmp_path / "ptx.jsonl"))
-    ppo.main(ptx)
+    cfg = run(ppo_config(data, sft_folder, tmp_path / "a", steps=1, ppo_epochs=1, micro_tokens=30))
+    flags = dict(ptx_coef=0.5, ptx_data=str(tmp_path / "ptx.jsonl"))
+    ptx = run(replace(cfg, out=str(tmp_path / "b"), **flags))
     loss, _ = plain_sft_loss(sft_folder, rows)
     assert "ptx_loss" not in rows_of(cfg.out)[0]
     assert rows_of(ptx.out)[0]["ptx_loss"] == pytest.approx(loss.item(), rel=1e-5)
     without, mixed = weights_of(cfg.out), weights_of(ptx.out)
     assert any(not torch.equal(without[name], mixed[name]) for name in without)
-
     # Four optimiser steps of one line each: no line is learned twice.
     ppo.main(replace(ptx, out=str(tmp_path / "c"), steps=2, batch_size=2, minibatches=2, lr=1e-30))
-    expected = sum(plain_sft_loss(sft_folder, [row])[0].item() for row in rows) / 4
-    found = sum(row["ptx_loss"] for row in rows_of(tmp_path / "c")) / 2
-    assert found == pytest.approx(expected, rel=1e-5)
+    expected = sum(plain_sft_loss(sft_folder, [row])[0].item() for row in rows) / 2
+    assert sum(x["ptx_loss"] for x in rows_of(tmp_path / "c")) == pytest.approx(expected, rel=1e-5)
 
 @pytest.mark.parametrize("rule, penalty", [("score", 2.5), ("constant", 0.0)])
 def test_missing_eos_costs_what_it_says(tmp_path, data, sft_folder, rule, penalty):
     """A constant reward leaves returns without a spread: nothing to explain, and no NaN, which
-    rows_of refuses.
-    """
+    rows_of refuses."""
     flags = dict(max_new_tokens=1, missing_eos_penalty=penalty, kl_coef=0.0, batch_size=32, lam=1.0)
     flags["reward_fn"] = f"{data / 'rule.py'}:{rule}"
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags)
-    ppo.main(cfg)
+    cfg = run(ppo_config(data, sft_folder, tmp_path / "ppo", **flags))
     for row in rows_of(cfg.out):
         cost = penalty * (1 - row["eos_rate"])
         assert row["score_penalised"] == pytest.approx(row["score"] - cost, abs=1e-5)
@@ -211,78 +197,27 @@ def test_reward_fn_scores_the_decoded_responses(tmp_path, data, sft_folder):
         assert eval_of(cfg.out)[f"gold_{when}"] == pytest.approx(good, abs=1e-6)
     assert sum(letters(s["before"]) for s in samples) > 0
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "chat"])
-def test_reward_models_with_other_tokenizers(tmp_path, data, sft_folder, kind, asked):
-    """Ours; an encoder; a community's, with its own chat template. They read the text, in which no
-    EOS ends a cut answer.
-    """
-    other, folder = make_tokenizer(290), tmp_path / "r"
-    flags, config = dict(reward_fn="", reward=str(folder), max_new_tokens=100), None
-    if kind == "llama":
-        make_llama(len(other), seed=3).save_pretrained(tmp_path / "base")
-        other.save_pretrained(tmp_path / "base")
-        reward.main(reward_config(data, tmp_path / "base", folder, lr=0.05))
-    elif kind == "bert":
-        other = PreTrainedTokenizerFast(
-            tokenizer_object=other.backend_tokenizer, eos_token="<eos>", pad_token="<pad>",
-            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        )  # fmt: skip
-        config = BertConfig(
-            vocab_size=len(other), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, num_labels=1, pad_token_id=0, initializer_range=0.5,
-        )  # fmt: skip
-    else:
-        other.chat_template = (
-            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}"
-        )
-        config = make_llama(len(other), num_labels=1).config
-        flags |= dict(data=str(data / "chat_prompts.jsonl"), eval_data=str(data / "turns.jsonl"))
-    if config:
-        torch.manual_seed(0)
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-        other.save_pretrained(folder)
-    cfg = ppo_config(data, sft_folder, tmp_path / "ppo", **flags)
-    ppo.main(cfg)
-    plain, cuts = AutoModelForSequenceClassification.from_pretrained(folder).eval(), set()
-    mean, samples = plain.config.to_dict().get("reward_mean", 0.0), rows_of(cfg.out, "samples")
-
-    assert kind != "chat" or samples[11]["prompt"] == chat("user", QUESTIONS[5])
-
-    def read(prompt, answer, ended):
-        if kind == "bert":  # a text pair, told apart by its token types
-            keys = other(prompt, answer)
-            assert set(keys["token_type_ids"]) == {0, 1}
-        elif kind == "chat":
-            text = other.apply_chat_template(prompt + chat("assistant", answer), tokenize=False)
-            ids = other(text, add_special_tokens=False)["input_ids"]
-            keys = dict(input_ids=ids if ended else ids[:-1])
-        else:
-            response = other(answer, add_special_tokens=False)["input_ids"] + [2] * ended
-            keys = dict(input_ids=other(prompt)["input_ids"] + response)
-        return plain(**{k: torch.tensor([v]) for k, v in keys.items()}).logits.item() - mean
-
-    for when, (*_, responses, _) in (("before", asked[0]), ("after", asked[-1])):
-        ended, expected = [ids[-1] == 2 for ids in responses], []
-        for sample, end in zip(samples, ended, strict=True):
-            expected.append(read(sample["prompt"], sample[when], end))
-            other_end = read(sample["prompt"], sample[when], not end)
-            assert kind == "bert" or abs(other_end - expected[-1]) > 1e-4
-        assert [s[f"score_{when}"] for s in samples] == pytest.approx(expected, abs=1e-4)
-        assert max(expected) - min(expected) > 1e-3
-        assert eval_of(cfg.out)[f"eos_rate_{when}"] == pytest.approx(sum(ended) / len(ended))
-        cuts |= set(ended)
-    assert kind == "bert" or cuts == {True, False}
-    if kind == "bert":  # no value for each token
-        with pytest.raises(common.UserError, match="not causal"):
-            ppo.main(replace(cfg, value=str(folder), out=str(tmp_path / "v")))
+def test_a_reward_model_of_another_tokenizer_reads_the_text(tmp_path, data, sft_folder, asked):
+    base = save(tmp_path / "base", make_tokenizer(290), make_llama(290, seed=3))
+    folder = run(reward_config(data, base, tmp_path / "reward", lr=0.05)).out
+    flags = dict(reward_fn="", reward=folder, max_new_tokens=100)
+    cfg = run(ppo_config(data, sft_folder, tmp_path / "ppo", **flags))
+    model, _, responses, scores = asked[-1]
+    assert model is None and len(asked) == 4
+    assert [s["score_after"] for s in rows_of(cfg.out, "samples")] == scores.tolist()
+    ended = [response[-1] == 2 for response in responses]
+    assert eval_of(cfg.out)["eos_rate_after"] == pytest.approx(sum(ended) / 3)
+    config = BertConfig(vocab_size=320, hidden_size=32, num_attention_heads=2, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(common.UserError, match="not causal"):  # no value for each token
+        run(replace(cfg, value=str(tmp_path / "encoder"), out=str(tmp_path / "v")))
 
 def test_trace_prints_one_line_a_token(tmp_path, data, sft_folder, capsys):
     ppo.main(ppo_config(data, sft_folder, tmp_path / "ppo", steps=1, trace=1, lam=1.0))
     lines = capsys.readouterr().err.splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.split()[:2] == ["token", "logprob"]]
     names = lines[at].split()[1:]
-    assert names == ["logprob", "ref_logprob", "kl", "reward", "value", "advantage", "return"]
+    assert names == ["logprob", "ref_logprob", "kl", "reward", "advantage", "value", "return"]
     table = [line[-12 * len(names) :].split() for line in lines[at + 1 :] if "'" in line[:14]]
     assert 1 <= len(table) <= 6
     rows = [dict(zip(names, map(float, numbers), strict=True)) for numbers in table]
@@ -292,15 +227,6 @@ def test_trace_prints_one_line_a_token(tmp_path, data, sft_folder, capsys):
         # With lam 1 and no KL yet, every return is what comes at the end.
         assert row["return"] == pytest.approx(rows[-1]["reward"], abs=1e-3)
         assert row["advantage"] == pytest.approx(row["return"] - row["value"], abs=1e-3)
-
-def test_chat_messages_through_the_template(tmp_path, data, tiny_folder):
-    turns = str(data / "turns.jsonl")
-    cfg = sft_config(data, tiny_folder, tmp_path / "sft", data=turns, eval_data=turns, steps=0)
-    sft.main(cfg)
-    # Here the template writes <bos> + user + assistant + <eos>, as plain prompts are encoded too.
-    plain = sft_config(data, tiny_folder, tmp_path / "plain", steps=0)
-    sft.main(plain)
-    assert eval_of(cfg.out) == eval_of(plain.out)
 
 @pytest.mark.parametrize("objective", ["clip", "kl", "pg"])
 def test_ppo_gradients_do_not_depend_on_the_cut(tmp_path, data, sft_folder, updates, objective):
@@ -329,12 +255,10 @@ def test_sft_gradient_is_that_of_the_plain_loss(tmp_path, data, tiny_folder, upd
 @pytest.mark.parametrize("objective, seed", [("clip", 0), ("clip", 1), ("clip", 2), ("kl", 0)])
 def test_ppo_learns_a_rule(tmp_path, data, tiny_folder, objective, seed):
     """From a random model: the share of ASCII letters in the response rises to most of it."""
-    cfg = ppo_config(
-        data, tiny_folder, tmp_path / "ppo", reward_fn=f"{data / 'rule.py'}:share", seed=seed,
-        objective=objective, steps=12, batch_size=32, lr=2e-2, value_lr=1e-2, kl_coef=0.0,
-        missing_eos_penalty=0.0, micro_tokens=2048, beta=0.1, beta_target=0.3,
-    )  # fmt: skip
-    ppo.main(cfg)
+    flags = dict(objective=objective, seed=seed, reward_fn=f"{data / 'rule.py'}:share", steps=12)
+    flags |= dict(batch_size=32, lr=2e-2, value_lr=1e-2, kl_coef=0.0, missing_eos_penalty=0.0)
+    flags |= dict(micro_tokens=2048, beta=0.1, beta_target=0.3)
+    cfg = run(ppo_config(data, tiny_folder, tmp_path / "ppo", **flags))
     scores, results = [row["score"] for row in rows_of(cfg.out)], eval_of(cfg.out)
     assert scores[0] < 0.5 and scores[-1] > 0.8
     assert results["score_after"] > results["score_before"] + 0.2
