@@ -15,7 +15,10 @@ tables and pictures to tests/results/.
                 over-optimisation of a reward model that saw few pairs
 4  ingredients  PPO with one of them left out
 5  reward       the three losses of the reward model from the same number of judgements
-6  real         a real model on human preferences: tests/bench_real.py, which wants a GPU
+6  factors      how the defaults were found: PPO with one setting changed at a time, three seeds
+7  fresh        those defaults on ten seeds that had not been used before, 10 to 19
+
+A real model on human preferences is in tests/bench_real.py, which wants a GPU.
 
 A run has collapsed when it ends with fewer good answers than its SFT model gave. Gold is the share
 of good answers by the exact judge; the scripts' own --seed is the seed.
@@ -65,7 +68,7 @@ def command(script, out, patch="", **flags):
         parts = [sys.executable, "-c", f"import common, {stage}; {patch}; {start}"]
     parts += ["--out", str(out), "--device", "cpu"]
     for name, value in flags.items():
-        parts += [f"--{name}", str(value)]
+        parts += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return parts
 
 
@@ -170,7 +173,7 @@ RATES = (1, 3, 5, 10, 30)  # times the default
 def objective_run(work, seed, objective, rate):
     name = f"ppo_{objective}" + (f"_x{rate}" if rate > 1 else "")
     name = "ppo" if name == "ppo_clip" else name
-    flags = {} if name == "ppo" else dict(objective=objective, lr=7e-4 * rate)
+    flags = {} if name == "ppo" else dict(objective=objective, lr=1e-3 * rate)
     return command("ppo.py", work / f"{seed}/{name}", **start_of(work, seed), **flags)
 
 
@@ -240,6 +243,13 @@ def report_seeds(work, seeds):
 # 3: reward against KL, and too much of it
 
 KL_COEFS = (0.1, 0.2, 0.8, 1.6)  # beside the default 0.4
+JUDGE = dict(reward_fn=f"{DATA / 'hhh.py'}:gold_score", kl_coef=0.1)  # 0 to 1: a smaller scale
+BASELINES = dict(  # folder: what it is, flags
+    group_4=("PPO, group of 4", dict(advantage="group", group=4)),
+    group_8=("PPO, group of 8", dict(advantage="group", group=8)),
+    judge=("PPO, the exact judge", JUDGE),
+    judge_group=("PPO, the exact judge, group of 4", JUDGE | dict(advantage="group")),
+)  # fmt: skip
 HUMAN = DATA / "pairs.jsonl"
 PREFERENCE = dict(  # folder: what it is, flags
     direct=("DPO on 12,000 human pairs (direct)", dict(pairs=HUMAN, epochs=1)),
@@ -278,6 +288,8 @@ def plan_frontier(work, seeds):
         for kl_coef in KL_COEFS:
             out = work / f"{seed}/ppo_kl_{kl_coef}"
             waves[2].append(command("ppo.py", out, **shared, kl_coef=kl_coef))
+        for name, (_, flags) in BASELINES.items():
+            waves[2].append(command("ppo.py", work / f"{seed}/{name}", **shared | flags))
         for name, (_, flags) in PREFERENCE.items():
             out = work / f"{seed}/{name}"
             waves[2].append(command("rejection_sample.py", out, **shared, **flags))
@@ -305,7 +317,7 @@ def judge(folder, ref, device, prompts, cfg):
         return json.loads(done.read_text(encoding="utf-8"))
     policy, ref = common.load_policy(folder, device), common.load_policy(ref, device)
     tokenizer = common.load_tokenizer(folder, policy.lm)
-    score, _ = common.load_score(cfg, tokenizer, device)
+    score, _ = common.load_score(cfg, policy, tokenizer)
     gold = common.load_gold(cfg, prompts, tokenizer)
     rows = common.load_prompts(common.read_jsonl(prompts), tokenizer, cfg, policy)
     eos = common.stop_ids(policy.lm, tokenizer)
@@ -331,10 +343,10 @@ def best_of_n_curve(folder, tokenizer):
         torch.tensor([candidate[key] for candidate in candidates])
         for key in ("rewards", "scores", "ended")
     )  # (P, N) each
-    answers = [(c["prompt"], response) for c in candidates for response in c["responses"]]
+    answers = [(c, response) for c in candidates for response in c["responses"]]
     judge_gold = common.function_score(f"{DATA / 'hhh.py'}:gold_score", tokenizer)
     asked, said = map(list, zip(*answers))
-    gold = judge_gold(asked, None, said).view_as(scores)
+    gold = judge_gold(asked, said).view_as(scores)
     curve, N = [], rewards.shape[1]
     for n in (2**i for i in range(N.bit_length())):
         r, e, s, g = (
@@ -366,6 +378,10 @@ def frontier_points(work, seeds):
             name = "ppo" if kl_coef == 0.4 else f"ppo_kl_{kl_coef}"
             result = results_of(work / f"{seed}/{name}")
             found.setdefault(f"PPO, kl_coef {kl_coef}", []).append(result)
+        for name, (title, _) in BASELINES.items():  # all scored by the reward model
+            folder = work / f"{seed}/{name}"
+            result = judge(folder, start["policy"], device, prompts, cfg)
+            found.setdefault(title, []).append(result)
     return found
 
 
@@ -380,7 +396,9 @@ def report_frontier(work, seeds):
     figure, axes = picture("3_frontier", 2)
     families = {
         "best of N (KL: the bound)": ("best of", "tab:orange", "-"),
-        "PPO, by kl_coef": ("PPO", "tab:blue", "-"),
+        "PPO, by kl_coef": ("PPO, kl_coef", "tab:blue", "-"),
+        "PPO, group of 4 and 8": (("PPO, group of 4", "PPO, group of 8"), "tab:cyan", "none"),
+        "PPO, the exact judge as reward": ("PPO, the exact judge", "black", "none"),
         "SFT on best of 8": ("SFT", "tab:purple", "none"),
         "DPO on human pairs": ("DPO on 1", "tab:green", "none"),
         "DPO on sampled pairs": (("DPO on the", "DPO on any"), "tab:red", "none"),
@@ -474,7 +492,7 @@ LEFT_OUT = dict(  # folder: what it is, flags; a patch edits a line of ppo.py
         patch="load = common.load_score; "
         "common.load_score = lambda *args, **more: (load(*args, **more)[0], None)"
     )),
-    no_whitening=("no whitening", dict(patch="ppo.whiten = lambda x, mask: x * mask")),
+    whitening=("whitening (off by default)", dict(whiten=True)),
     no_kl=("no KL penalty", dict(kl_coef=0.0)),
     no_value_clip=("no value clipping", dict(cliprange_value=1e9)),
     no_eos=("no missing-EOS penalty", dict(missing_eos_penalty=0.0)),
@@ -599,6 +617,75 @@ def report_reward(work, seeds):
 
 
 # ----------------------------------------------------------------------------------------------
+# 6 and 7: how the defaults were found, and whether they hold
+
+FIRST = dict(steps=40, ppo_epochs=4, lr=7e-4, whiten=True)  # where the search began
+PLAIN = {key: value for key, value in FIRST.items() if key != "whiten"}
+FEWER = dict(steps=60, ppo_epochs=2, lr=1e-3)
+FACTORS = dict(  # folder: what it is, flags
+    base=("40 steps, 4 epochs, rate 7e-4, whitened, gae", FIRST),
+    nw=("no whitening", PLAIN),
+    s80=("80 steps", FIRST | dict(steps=80)),
+    s80e2=("80 steps, 2 epochs", FIRST | dict(steps=80, ppo_epochs=2)),
+    lr1=("rate 1e-3", FIRST | dict(lr=1e-3)),
+    b256=("256 episodes a step", FIRST | dict(batch_size=256)),
+    const=("constant rate", FIRST | dict(lr_schedule="constant")),
+    vlr3=("value model's rate 3e-3", FIRST | dict(value_lr=3e-3)),
+    vw5=("5 more steps, in which only the value model learns",
+         FIRST | dict(value_warmup=5, steps=45)),
+    lam1=("lam 1", FIRST | dict(lam=1)),
+    kl3=("kl_coef 0.3", FIRST | dict(kl_coef=0.3)),
+    g4=("group of 4", PLAIN | dict(advantage="group")),
+    g8=("group of 8", PLAIN | dict(advantage="group", group=8)),
+    g4_s80=("group of 4, 80 steps", PLAIN | dict(advantage="group", steps=80)),
+    g8_s80e2=("group of 8, 80 steps, 2 epochs",
+              PLAIN | dict(advantage="group", group=8, steps=80, ppo_epochs=2)),
+    judge=("the exact judge as the reward, kl_coef 0.1", FIRST | JUDGE),
+    judge_vw5=("the same, 5 more steps for the value model",
+               FIRST | JUDGE | dict(value_warmup=5, steps=45)),
+    s60e2_lr1=("60 steps, 2 epochs, rate 1e-3", FEWER | dict(whiten=True)),
+    nw_s50e2_lr1=("50 steps, 2 epochs, rate 1e-3, no whitening", FEWER | dict(steps=50)),
+    nw_s60e2_lr1=("**60 steps, 2 epochs, rate 1e-3, no whitening: the defaults**", FEWER),
+    g4_s60e2_lr1=("the same, group of 4", FEWER | dict(advantage="group")),
+    nw_judge=("the same, gae, the exact judge", FEWER | JUDGE),
+    nw_judge_g4=("the same, group of 4, the exact judge", FEWER | JUDGE | dict(advantage="group")),
+)  # fmt: skip
+
+
+def plan_factors(work, seeds):
+    waves = [[], [], [], []]
+    for seed in seeds:
+        for wave, commands in zip(waves, stages(work, seed)):
+            wave += commands
+        for name, (_, flags) in FACTORS.items():
+            out = work / f"{seed}/factors/{name}"
+            waves[2].append(command("ppo.py", out, **start_of(work, seed) | flags))
+    return waves
+
+
+def report_factors(work, seeds):
+    rows = []
+    for name, (title, _) in FACTORS.items():
+        outs = [work / f"{seed}/factors/{name}" for seed in seeds]
+        found = [results_of(out) for out in outs]
+        gold = " / ".join(f"{100 * r['gold_after']:.1f}" for r in found)
+        last = [100 * metrics_of(out, "gold")[-6:].mean() for out in outs]
+        seconds = [metrics_of(out, "seconds").sum() for out in outs]
+        rows.append([
+            title, gold, f"{np.mean(last):.1f}", " / ".join(f"{r['kl']:.2f}" for r in found),
+            f"{np.mean([r['score_after'] for r in found]):.2f}", f"{np.mean(seconds):.0f}",
+        ])  # fmt: skip
+    columns = ["PPO with", "good held-out answers, %", "in the last 6 steps, mean", "KL, nats"]
+    columns += ["score, mean", "seconds"]
+    title = f"## One factor at a time, seeds {' / '.join(map(str, seeds))}\n\n"
+    return title + table(columns, rows)
+
+
+def report_fresh(work, seeds):
+    return report_seeds(work, seeds).replace("clip at its defaults", "The defaults on fresh seeds")
+
+
+# ----------------------------------------------------------------------------------------------
 
 PARTS = {  # name, plan, report, how many seeds
     "1": ("objectives", plan_objectives, report_objectives, 10),
@@ -606,6 +693,8 @@ PARTS = {  # name, plan, report, how many seeds
     "3": ("frontier", plan_frontier, report_frontier, 3),
     "4": ("ingredients", plan_ingredients, report_ingredients, 5),
     "5": ("reward", plan_reward, report_reward, 5),
+    "6": ("factors", plan_factors, report_factors, 3),
+    "7": ("fresh", plan_seeds, report_fresh, 10),
 }
 
 
@@ -618,6 +707,8 @@ def main():
     work = args.work.resolve()
     parts = {key: PARTS[key] for key in args.only.split(",")}
     seeds = {key: list(range(min(args.seeds, n))) for key, (*_, n) in parts.items()}
+    if "7" in seeds:
+        seeds["7"] = [10 + seed for seed in seeds["7"]]
     waves = [[], [], [], []]
     for key, (_, plan, _, _) in parts.items():
         for wave, commands in zip(waves, plan(work, seeds[key])):
