@@ -433,11 +433,12 @@ def autocast(device):
 
 def context_length(lm):
     """Tokens for which the model was made as it is; no limit where its config names none."""
-    config = lm.config.get_text_config().to_dict()
-    rope = config.get("rope_parameters") or {}
+    config = lm.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf  # or GPT-2's name for it
+    rope = config.to_dict().get("rope_parameters") or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):  # from there on the angles change
-        return rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    return config.get("max_position_embeddings") or math.inf
+        return rope.get("original_max_position_embeddings") or limit
+    return limit
 
 # --------------------------------------------------------------------------------------- sampling
 
@@ -848,6 +849,7 @@ def read_jsonl(path):
                     json.dumps(row, ensure_ascii=False).encode()  # no half of a surrogate pair
                     if not isinstance(row, dict):
                         raise ValueError("expected one JSON object a line")
+                row = {key: value for key, value in row.items() if value is not None}
                 rows.append(row | dict(where=f"{path}:{number}"))
     if not rows:
         raise UserError(f"{path}: no lines in it")
@@ -897,9 +899,6 @@ def prompt_and_responses(row):
     of a ranking, or none. Raises UserError naming line and key.
     """
     where = row["where"]
-    if "conversations" in row:
-        how = '"messages", each with "role" (user or assistant) and "content"'
-        raise UserError(f'{where}: "conversations" of "from" and "value": rename them to {how}')
     if "chosen" in row or "rejected" in row:
         names = ["chosen", "rejected"]
     else:
@@ -924,16 +923,22 @@ def prompt_and_responses(row):
         n = shared_length(*answers)
         prompt, answers = answers[0][:n] or None, [answer[n:] for answer in answers]
     if prompt is None:
-        keys = ", ".join(key for key in row if key != "where")
-        raise UserError(f'{where}: no "prompt", and none to be found in its keys: {keys}')
+        found = f"none to be found in its keys: {', '.join(key for key in row if key != 'where')}"
+        if "conversations" in row:
+            found = 'rename "conversations" to "messages" of "role" (user, assistant) and "content"'
+        raise UserError(f'{where}: no "prompt", and {found}')
     return prompt, answers
 
 def is_message(turn):
-    """Whether it is a chat message whose content, if any, is text or a list of texts."""
+    """Whether it is a chat message whose content is text, a list of texts, or null."""
     if not isinstance(turn, dict) or "role" not in turn:
         return False
-    content = turn.get("content") or ""
-    parts = content if isinstance(content, list) else [dict(text=content)]
+    content = turn.get("content")
+    if content is None:
+        return "content" in turn or "tool_calls" in turn
+    if isinstance(content, str):
+        return True
+    parts = content if isinstance(content, list) else [None]
     return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
 
 def shared_length(chosen, rejected):
@@ -970,7 +975,10 @@ def render(tokenizer, messages, row, **how):
     where = row["where"]
     if tokenizer.chat_template is None:
         raise UserError(f"{where}: chat messages, but the tokenizer has no chat template")
-    how |= dict(tools=row.get("tools") or None, tokenize=False)
+    tools = row.get("tools")
+    with reading(f'{where}: "tools"'):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    how |= dict(tools=tools or None, tokenize=False)
     # Few templates know what to do with null or a list.
     messages = [message | dict(content=content_of(message)) for message in messages]
     try:
@@ -982,9 +990,15 @@ def render(tokenizer, messages, row, **how):
             raise Unlearnable(str(error)) from error
         raise
 
+def is_begun(prompt, row):
+    """Whether the answer continues the prompt's last message, the assistant's own. In a dialogue of
+    `messages` each is whole.
+    """
+    return bool(prompt) and prompt[-1]["role"] == "assistant" and "messages" not in row
+
 def render_prompt(tokenizer, prompt, row):
-    """The same up to where the answer begins; the assistant's own last message is continued."""
-    if not prompt or prompt[-1]["role"] != "assistant":
+    """The same up to where the answer begins, or up to the end of a message to be continued."""
+    if not is_begun(prompt, row):
         return render(tokenizer, prompt, row, add_generation_prompt=True)
     begun = content_of(prompt[-1])
     if not begun or prompt[-1].get("tool_calls"):
@@ -1016,7 +1030,7 @@ def encode(tokenizer, prompt, response, row=ALONE, ends=()):
     turn = dict(role="assistant", content=response)
     if isinstance(response, list):
         if [message["role"] for message in response] != ["assistant"]:
-            raise UserError(f"{where}: a response in messages must be one, of the assistant")
+            raise Unlearnable(f"{where}: a response in messages must be one, of the assistant")
         turn = response[0]
     if isinstance(prompt, list):
         before, after = render_turn(tokenizer, prompt, turn, row)
@@ -1030,7 +1044,7 @@ def encode(tokenizer, prompt, response, row=ALONE, ends=()):
         ids, n = tokenize(tokenizer, content_of(turn), where), None
     if n is not None:
         ids = ids[:n]
-    elif tokenizer.eos_token_id is not None:  # another reward model's tokenizer may have none
+    elif tokenizer.eos_token_id not in (None, *ids[-1:]):  # a reward model's may have none
         ids = ids + [tokenizer.eos_token_id]
     example = join(prompt_ids, ids)
     example["mask"][:1] = [0]  # a first token has no log-prob
@@ -1041,11 +1055,14 @@ def encode(tokenizer, prompt, response, row=ALONE, ends=()):
 def render_turn(tokenizer, prompt, turn, row):
     """A prompt and the assistant's turn after it, by the template: two texts."""
     history, begun = prompt, ""
-    if prompt and prompt[-1]["role"] == "assistant":  # the turn continues it
+    if is_begun(prompt, row):
         history, begun = prompt[:-1], content_of(prompt[-1])
         turn = turn | dict(content=begun + content_of(turn))
     before = render_prompt(tokenizer, prompt, row) if prompt else None
     whole = render(tokenizer, history + [turn], row)
+    if turn.get("tool_calls"):
+        if whole == render(tokenizer, history + [turn | dict(tool_calls=None)], row):
+            raise UserError(f"{row['where']}: the chat template leaves tool calls out")
     if before is None or not whole.startswith(before):
         # No prompt, or one that the template rewrites: what stands before another answer, too.
         other = dict(role="assistant", content=begun + "\N{REPLACEMENT CHARACTER}")
@@ -1073,7 +1090,7 @@ def load_demonstrations(rows, tokenizer, ends, max_tokens):
     demonstrations = []
     for row in rows:
         prompt, responses = prompt_and_responses(row)
-        pairs = [(prompt, response) for response in responses[:1]]
+        pairs = [] if "responses" in row else [(prompt, response) for response in responses[:1]]
         if not pairs and "messages" in row:
             turns = row["messages"]
             answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -1194,7 +1211,8 @@ def load_score(cfg, policy, tokenizer, adapters=False):
             cut = [r[-1] not in stops for r in responses]
             # If its template refuses a prompt, say whose.
             rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
-            scores = text_scores(reward, own, rows, texts, cut)
+            with reading(cfg.reward):
+                scores = text_scores(reward, own, rows, texts, cut)
         if not scores.isfinite().all():
             raise UserError(f"{cfg.reward}: it gives scores that are not finite numbers")
         return scores

@@ -286,7 +286,7 @@ def main(cfg):
     value = load_value(cfg, reward, device) if cfg.advantage == "gae" else None  # group: none
     gold = common.load_gold(cfg, cfg.data, tokenizer)
 
-    models = [model for model in (policy, ref, value) if model]
+    models = [model for model in (policy, ref, value, reward) if model]
     eos = common.stop_ids(policy.lm, tokenizer)
     prompts = common.load_prompts(train_rows, tokenizer, cfg, *models)
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
@@ -432,7 +432,7 @@ def main(cfg):
         sampler.sync(policy)
         metrics = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
         metrics |= rollout_metrics(rollout, sum(sampler_logprobs, [])) | coefs
-        if cfg.kl_target:
+        if cfg.kl_target and step > warmup:
             now = (coefs["kl_coef"], metrics["kl"])
             coefs["kl_coef"] = adapt_kl_coef(*now, cfg.kl_target, B, cfg.kl_horizon)
         if cfg.objective == "kl" and step > warmup:

@@ -350,12 +350,13 @@ def main(cfg):
     if cfg.loss != "none" and not cfg.lora_rank:
         ref = common.load_policy(cfg.policy, device, common.frozen_dtype(device), longest)
         common.prepare(ref.requires_grad_(False), cfg)
-    score = None
+    score = reward = None
     if cfg.reward or cfg.reward_fn:
-        score, _ = common.load_score(cfg, policy, tokenizer)
+        score, reward = common.load_score(cfg, policy, tokenizer)
+    models = [model for model in (policy, reward) if model]
     gold = common.load_gold(cfg, data, tokenizer)
     eos = common.stop_ids(policy.lm, tokenizer)
-    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, policy)
+    eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
     prompts = []
     if cfg.pairs:
         limit = min(cfg.max_length, common.context_length(policy.lm))
@@ -363,7 +364,7 @@ def main(cfg):
         eval_rows = [row for row in eval_rows if "chosen" in row]
         eval_pairs = load_pairs(eval_rows, tokenizer, eos, limit) if eval_rows else []
     else:
-        prompts = common.load_prompts(rows, tokenizer, cfg, policy)
+        prompts = common.load_prompts(rows, tokenizer, cfg, *models)
 
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     pi = common.sampling_copy(policy, cfg)

@@ -90,7 +90,8 @@ def read_judgement(tokenizer, ends, row):
     else:
         form, targets = "pointwise", [row.get("score")]
         if type(targets[0]) not in (int, float) or not abs(targets[0]) < 1e30:
-            raise common.UserError(f'{where}: "score" must be a finite number')
+            what = 'no "chosen" and "rejected", no "responses", and "score" is no finite number'
+            raise common.UserError(f"{where}: {what}")
     if len(responses) != len(targets):
         many = f"{len(responses)} responses, expected {len(targets)}"
         raise common.UserError(f"{where}: {many}")

@@ -627,7 +627,6 @@ FACTORS = dict(  # folder: what it is, flags
     nw=("no whitening", PLAIN),
     s80=("80 steps", FIRST | dict(steps=80)),
     s80e2=("80 steps, 2 epochs", FIRST | dict(steps=80, ppo_epochs=2)),
-    lr1=("rate 1e-3", FIRST | dict(lr=1e-3)),
     b256=("256 episodes a step", FIRST | dict(batch_size=256)),
     const=("constant rate", FIRST | dict(lr_schedule="constant")),
     vlr3=("value model's rate 3e-3", FIRST | dict(value_lr=3e-3)),

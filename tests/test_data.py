@@ -98,7 +98,8 @@ def test_prompt_and_responses_of_every_form(row, expected):
     (dict(prompt=3), '"prompt"'), (dict(prompt=[dict(content="a")]), '"prompt"'),
     (dict(prompt="a", responses=["b", 3]), r'"responses\[1\]"'),
     (dict(messages="text"), "messages"), (dict(messages=user("a") + [None]), "messages"),
-    (dict(messages=user(["a"]) + assistant("b")), "messages"),
+    *[(dict(messages=user(["a"]) + [turn]), "messages") for turn in assistant("b") + assistant(0)],
+    (dict(messages=[dict(role="user", text="a")]), "messages"),
     (dict(messages=user("a") + assistant([dict(type="image")])), "messages"),
     (dict(prompt=user("a") + assistant(5), completion="b"), '"prompt"'),
     (dict(chosen="yes", rejected="no"), "chosen"), (dict(chosen=3, rejected=None), "chosen"),
@@ -159,6 +160,7 @@ def test_text_is_encoded_in_two_parts_with_bos_and_eos():
 def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_renders_it():
     tokenizer = chat_tokenizer(THINKING)
     turns = assistant("Hello") + user("a") + assistant("hm|b") + user("c") + assistant("so|d")
+    turns += assistant("e")  # not continued: each of the messages is whole
     rows = [dict(messages=turns, where="f:1"), dict(messages=DIALOGUE[:2], where="f:2")]
     found = [parts(tokenizer, e) for e in common.load_demonstrations(rows, tokenizer, (), 99)]
     begin = "<|im_start|>assistant\n"
@@ -167,6 +169,7 @@ def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_rend
         (begin, "Hello<|im_end|>"),
         (hello + ask("a"), "hm|b<|im_end|>"),
         (hello + ask("a") + "b<|im_end|>\n" + ask("c"), "so|d<|im_end|>"),
+        (hello + ask("a") + "b<|im_end|>\n" + ask("c") + "d<|im_end|>\n" + begin, "e<|im_end|>"),
         (ask("a"), "b<|im_end|>"),
     ]
 
@@ -194,6 +197,7 @@ def test_messages_are_the_templates_rendering_in_two_parts(template, begun, aske
     (CHATML, user("a"), DIALOGUE[1:], "be one, of"), (CHATML, user("a"), [], "be one, of the ass"),
     (BARE, user(""), "", "no token to learn"),
     (CHATML, "a", [dict(role="assistant", tool_calls=[{}])], "tool call needs a prompt in mess"),
+    (CHATML, user("a"), [dict(role="assistant", tool_calls=[{}])], "leaves tool calls out"),
     (CHATML, user("a") + assistant(None), "b", "to be continued, but has no text"),
     (CHATML, user("a") + [dict(role="assistant", content="b", tool_calls=[{}])], "", "a tool call"),
     (CHATML, "a", "\ud800", ""), (CHATML, user("\ud800"), "b", ""),
@@ -209,6 +213,7 @@ def test_all_that_a_message_holds_and_the_tools_go_to_the_template():
     asked = [dict(role="user", content="1+2?", name="Ann"), dict(role="tool", content="3", of=[1])]
     turn = dict(role="assistant", content="", tool_calls=[dict(id=1)], reasoning_content="hm", x={})
     before, after = parts(tokenizer, common.encode(tokenizer, asked, [turn], row))
+    row["tools"] = json.dumps(TOOLS)  # so TRL reads them, too
     assert before == tokenizer.decode(common.encode_prompt(tokenizer, asked, row))
     assert before.startswith(json.dumps(TOOLS)) and before.endswith("<|im_start|>assistant\n")
     read = map(json.loads, re.findall(r"^(\{.*?\})<\|im_end\|>", before + after, re.M))
