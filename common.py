@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as whole
+import torch.distributed.checkpoint.state_dict as states
 import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -51,8 +51,8 @@ class UserError(Exception):
 
 @contextmanager
 def reading(what, *more):
-    """Around all that is foreign, such as a file, a model, a template, a function: any exception,
-    and those of `more`, becomes a UserError that begins with `what`; for a script with its line.
+    """Around what the user brings (a file, a model, a template, a function): turns any exception,
+    and those of `more`, into a UserError that begins with `what`; for a script, with the line.
     """
     try:
         yield
@@ -138,7 +138,7 @@ def micro_batches(rows, lengths, max_tokens):
 
     micro_batches([0, 1, 2], [3, 9, 4], 8) -> [[0, 2], [1]]: one long sequence may exceed the limit.
     Of P processes each gets its own row of every P neighbours, so that all have equally many lists:
-    a sharded model runs on all of them at once. The number of rows has to be a multiple of P.
+    the forward of a sharded model needs every process. There must be a multiple of P rows.
     """
     rows = sorted(rows, key=lambda row: lengths[row])
     parts = []
@@ -165,8 +165,8 @@ def per_sequence(function, examples, cfg, device):
 
 @torch.no_grad()
 def per_token(function, batch, lengths, cfg, device):
-    """function(part) -> dict of (b, t) over the sequences of a batch on the host, by micro-batches:
-    a dict of (B, T) there, 0 where the mask is.
+    """function(part) -> dict of (b, t) over the sequences of a batch on the CPU, by micro-batches:
+    a dict of (B, T) on the CPU, 0 off the response.
     """
     results = {}
     for rows in micro_batches(range(len(lengths)), lengths, token_budget(cfg, device)):
@@ -202,7 +202,9 @@ class Policy(torch.nn.Module):
             print(f"{type(lm).__name__}: unusual logits or attention, it will run more slowly")
 
     def sample_one(self, ids):
-        """The logits (V,) after `ids` (1, T), by the Sampler: a prompt, then a step."""
+        """The logits (V,) after `ids` (1, T), by the Sampler: all but the last token as a prompt,
+        then a step. A second prompt of another length makes the batch ragged.
+        """
         sampler = Sampler(self, [], max_new_tokens=2, max_length=ids.shape[1], slots=2)
         prompts = [ids[0, :-1].tolist(), ids[0, :4].tolist()]
         sampler.prefill([0, 1], prompts, torch.Generator(ids.device))
@@ -279,8 +281,8 @@ def hidden_states(lm, ids, **kwargs):
 @torch.no_grad()
 def same_logits(lm, ours, max_length=math.inf):
     """Look once, when a model is loaded, whether ours(ids) gives the model's own logits after a few
-    tokens: with `slot_attention`, which unlike transformers' own never waits for the device, or
-    else with the attention it has. Returns the one that did, which stays in place, or None.
+    tokens: with `slot_attention`, which unlike transformers' own never waits for the device, then
+    with the model's own attention. Returns the first that does and leaves it set, or None.
     """
     config = lm.config.get_text_config().to_dict()
     own = lm.config._attn_implementation
@@ -363,15 +365,15 @@ def load_adapter(kind, path, device, dtype, new_head):
     return lm.requires_grad_(True)  # peft leaves it frozen
 
 def refuse_misfits(kind, path, lm, found, new_head):
-    """What is of another kind, and what transformers would fill with random numbers or leave out
-    with no more than a warning.
+    """UserError for a model of another kind, and for weights that are missing, of another shape or
+    of layers too many, where transformers only warns.
     """
     architecture = (lm.config.architectures or [""])[0]
     classifies = "ForSequenceClassification" in architecture
     if kind == "CausalLM" and classifies:
         raise UserError(f"{path}: a reward model where a causal language model is needed")
     if kind != "CausalLM" and not new_head and not (classifies and lm.config.num_labels == 1):
-        raise UserError(f"{path}: {architecture} is no reward model: that has one label for a text")
+        raise UserError(f"{path}: {architecture} is no reward model: that needs one label")
     missing = set(found["missing_keys"])
     if new_head and "score.weight" not in missing:
         raise UserError(f"{path}: {architecture} is no causal language model to build on")
@@ -401,7 +403,7 @@ def save_model(module, folder):
     """A folder that plain transformers loads, an adapter merged into the weights; the module is of
     no use afterwards. Every process must call it, the first one writes.
     """
-    if module.peft:  # it takes whole weights
+    if module.peft:  # merging needs whole weights
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.unshard()
@@ -409,7 +411,7 @@ def save_model(module, folder):
         module.lm = module.peft.merge_and_unload()
         weights = dict(module.lm.named_parameters())
     else:
-        weights = whole.get_model_state_dict(module, options=WHOLE)
+        weights = states.get_model_state_dict(module, options=SAVING)
         weights = {name.removeprefix("lm."): tensor for name, tensor in weights.items()}
     if rank() == 0:
         module.lm.save_pretrained(folder, state_dict=weights)
@@ -432,7 +434,7 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 def context_length(lm):
-    """Tokens for which the model was made as it is; no limit where its config names none."""
+    """The longest sequence that the model is made for; infinity where its config names none."""
     config = lm.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or math.inf  # or GPT-2's name for it
     rope = config.to_dict().get("rope_parameters") or {}
@@ -450,7 +452,7 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
     """
     assert not kwargs.get("softcap") and kwargs.get("s_aux") is None, "capped scores, or sinks"
     if attention_mask is not None or key.shape[2] != query.shape[2]:
-        raise ValueError("slots know neither padding nor a cache; sample by common.generate")
+        raise ValueError("slot_attention takes no padding and no cache: sample by common.generate")
     B, H, Q, D = query.shape
     G = key.shape[1]
 
@@ -567,8 +569,8 @@ class Sampler:
         return [ids for ids, _ in answers], [logprobs for _, logprobs in answers]
 
     def together(self, prompts, *key):
-        """The same in several processes: each answers its share of the prompts, by random numbers
-        of its own, and gets all the answers. `key` says which numbers: seed, step, purpose.
+        """__call__ for several processes: each answers its share of the prompts, by random numbers
+        of its own, and gets all the answers. `key` seeds them: seed, step, purpose.
         """
         generator = make_generator(self.device, *key, rank())
         return [gather(part) for part in self(prompts[rank() :: world_size()], generator)]
@@ -650,8 +652,8 @@ def free_slots(lm):
         vars(module).pop("slot_values", None)
 
 def sampling_copy(policy, cfg):
-    """The policy that samples: the very one where that is fast, else a whole copy of it, in
-    bfloat16 on a GPU, which `Sampler.sync` keeps up to date. To be made before it is sharded.
+    """The policy that samples: itself where that is fast, else a whole copy, in bfloat16 on a GPU,
+    which `Sampler.sync` keeps up to date. To be called before the policy is sharded.
     """
     dtype = frozen_dtype(policy.lm.device)
     if world_size() == 1 and policy.lm.dtype == dtype:
@@ -700,7 +702,7 @@ def all_sum(tensor):
     return tensor
 
 def gather(rows):
-    """The lists of all processes, each rows[rank::world_size], as the one list they came from."""
+    """Undoes rows[rank::world_size]: one list from the shares of all processes."""
     if not dist.is_initialized():
         return rows
     P = world_size()
@@ -722,11 +724,11 @@ def add_lora(module, cfg):
         torch.manual_seed(cfg.seed)
         wrapped = peft.get_peft_model(module.lm, peft.LoraConfig(**settings))
     module.lm = wrapped.get_base_model()
-    # Past torch's own setattr: as a submodule it would be a second owner of lm.
+    # Not by torch's setattr, which would register lm twice.
     object.__setattr__(module, "peft", wrapped)
 
 def without_adapter(module):
-    """A context in which a model with LoRA is the frozen one that it stands on."""
+    """A context with the LoRA adapter, if any, switched off."""
     return module.peft.disable_adapter() if module.peft else nullcontext()
 
 def blocks(lm):
@@ -739,7 +741,7 @@ def compile_layers(module, cfg):
     size = sum(p.numel() for p in module.parameters())
     large = module.lm.device.type == "cuda" and size > 50e6
     if cfg.compile == "on" or (cfg.compile == "auto" and large):
-        # The limit is of the layer's code, which all models of a family share. What cannot be
+        # torch counts by the layer's code, which all models of a family share. What cannot be
         # compiled runs eagerly, after a warning.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.suppress_errors = True
@@ -752,7 +754,7 @@ def prepare(module, cfg):
     device = module.lm.device
     small = sum(p.numel() for p in module.parameters()) < 5e6
     if device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
-        # A second thread gains a fifth, and loses a factor of ten where others use the cores.
+        # A second thread gains a third, and loses a factor of ten where others use the cores.
         torch.set_num_threads(1)
     compile_layers(module, cfg)
     if world_size() > 1:
@@ -871,8 +873,8 @@ def read_split(path, eval_path, embedded_eval):
     return rows[:-held_out], rows[-held_out:]
 
 def read_all(rows, read, max_tokens, what):
-    """The items of all rows, read(row) -> (item, its length in tokens), but for those that are too
-    long or unlearnable: says how many, in one line. UserError if that is all of them.
+    """read(row) -> (item, its length in tokens), of all rows: the items. What is too long or
+    unlearnable is left out; prints how many. UserError if none is left.
     """
     items, too_long, unlearnable = [], 0, []
     for row in rows:
@@ -986,7 +988,7 @@ def render(tokenizer, messages, row, **how):
             return tokenizer.apply_chat_template(messages, **how)
     except UserError as error:
         roles = [message["role"] for message in messages if message["role"] != "system"]
-        if roles[:1] in ([], ["assistant"]):  # few templates have a place for that
+        if roles[:1] in ([], ["assistant"]):  # few templates render what no user begins
             raise Unlearnable(str(error)) from error
         raise
 
@@ -997,7 +999,7 @@ def is_begun(prompt, row):
     return bool(prompt) and prompt[-1]["role"] == "assistant" and "messages" not in row
 
 def render_prompt(tokenizer, prompt, row):
-    """The same up to where the answer begins, or up to the end of a message to be continued."""
+    """A prompt as text, up to where its answer begins or goes on."""
     if not is_begun(prompt, row):
         return render(tokenizer, prompt, row, add_generation_prompt=True)
     begun = content_of(prompt[-1])
@@ -1009,7 +1011,7 @@ def render_prompt(tokenizer, prompt, row):
     except UserError:  # of a template that rewrites it
         return render(tokenizer, prompt[:-1], row, add_generation_prompt=True) + begun
 
-ALONE = dict(where="example")  # the row of what is in no file
+ALONE = dict(where="example")  # stands for the row of what no file holds
 
 def encode_prompt(tokenizer, prompt, row=ALONE):
     """Token ids: text with its special tokens (no EOS), messages through the chat template."""
@@ -1053,7 +1055,7 @@ def encode(tokenizer, prompt, response, row=ALONE, ends=()):
     return example
 
 def render_turn(tokenizer, prompt, turn, row):
-    """A prompt and the assistant's turn after it, by the template: two texts."""
+    """Both by the template: the text before the answer, and that of the answer."""
     history, begun = prompt, ""
     if is_begun(prompt, row):
         history, begun = prompt[:-1], content_of(prompt[-1])
@@ -1064,7 +1066,7 @@ def render_turn(tokenizer, prompt, turn, row):
         if whole == render(tokenizer, history + [turn | dict(tool_calls=None)], row):
             raise UserError(f"{row['where']}: the chat template leaves tool calls out")
     if before is None or not whole.startswith(before):
-        # No prompt, or one that the template rewrites: what stands before another answer, too.
+        # No prompt, or one that the template rewrites: all that another answer would share.
         other = dict(role="assistant", content=begun + "\N{REPLACEMENT CHARACTER}")
         before = os.path.commonprefix([whole, render(tokenizer, history + [other], row)])
     return before, whole[len(before) :]
@@ -1114,7 +1116,7 @@ def load_prompts(rows, tokenizer, cfg, *models):
         raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: a model's context is no longer")
     embeddings = [model.lm.get_input_embeddings().num_embeddings for model in models]
     if min(embeddings) < embeddings[0]:
-        raise UserError("--ref or --value: it has fewer embeddings than the policy")
+        raise UserError("--ref has fewer embeddings than --policy")
 
     def read(row):
         prompt, _ = prompt_and_responses(row)
@@ -1182,8 +1184,8 @@ def load_gold(cfg, data, tokenizer):
     return function_score(cfg.gold_fn or own, tokenizer) if cfg.gold_fn or own else None
 
 def load_score(cfg, policy, tokenizer, adapters=False):
-    """By --reward_fn or --reward: (score, the reward model, or None where it does not read the
-    policy's own tokens). With `adapters` it gets those of --lora_rank, which scoring ignores.
+    """By --reward_fn or --reward: (score, model). The model is None where it does not read the
+    policy's own tokens. With `adapters` it gets those of --lora_rank, which scoring ignores.
     """
     device = policy.lm.device
     if cfg.reward_fn:
@@ -1202,17 +1204,16 @@ def load_score(cfg, policy, tokenizer, adapters=False):
         prepare(reward, cfg)
 
     def score(prompts, responses):
-        if same:
-            examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
-            with without_adapter(reward):
+        with reading(cfg.reward), without_adapter(reward):
+            if same:
+                examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
                 scores = per_sequence(reward.last, examples, cfg, device)
-        else:
-            texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-            cut = [r[-1] not in stops for r in responses]
-            # If its template refuses a prompt, say whose.
-            rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
-            with reading(cfg.reward):
-                scores = text_scores(reward, own, rows, texts, cut)
+            else:
+                texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+                cut = [r[-1] not in stops for r in responses]
+                # If its template refuses a prompt, say whose.
+                rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
+                scores = text_scores(reward, own, rows, texts, cut, cfg)
         if not scores.isfinite().all():
             raise UserError(f"{cfg.reward}: it gives scores that are not finite numbers")
         return scores
@@ -1220,28 +1221,30 @@ def load_score(cfg, policy, tokenizer, adapters=False):
     return score, reward if same else None
 
 @torch.no_grad()
-def text_scores(reward, tokenizer, prompts, texts, cut):
-    """Scores (B,) of a reward model with a tokenizer of its own, by its own forward, one by one. A
-    causal one reads prompt and response as reward.py encodes them, without EOS where the response
-    was `cut`; an encoder reads the last message and the response as a text pair.
+def text_scores(reward, tokenizer, prompts, texts, cut, cfg):
+    """Scores (B,) of a reward model with a tokenizer of its own. A causal one reads prompt and
+    response as reward.py encodes them, without EOS where the response was `cut`; an encoder reads
+    the last message and the response as a text pair, one by one.
     """
-    lm, scores = reward.lm, []
-    ends = stop_ids(lm, tokenizer)
-    for row, text, was_cut in zip(prompts, texts, cut):
-        if reward.reads_tokens:
+    lm = reward.lm
+    if reward.reads_tokens:
+        examples = []
+        ends = stop_ids(lm, tokenizer)
+        for row, text, was_cut in zip(prompts, texts, cut):
             ids = encode(tokenizer, row["prompt"], text, row, ends)["ids"]
             if was_cut and ids[-1] in ends:
                 ids = ids[:-1]
-            inputs = dict(input_ids=torch.tensor([ids]))
-        else:
-            prompt = row["prompt"]
-            question = prompt if isinstance(prompt, str) else content_of(prompt[-1])
-            longest = min(context_length(lm), tokenizer.model_max_length)
-            how = dict(truncation=True, max_length=longest, return_tensors="pt")
-            inputs = tokenizer(question, text, **how)
+            examples.append(join(ids[:-1], ids[-1:]))  # the score is read at the last token
+        return per_sequence(reward.last, examples, cfg, lm.device)
+    scores = []
+    for row, text in zip(prompts, texts):
+        question = row["prompt"]
+        question = question if isinstance(question, str) else content_of(question[-1])
+        longest = min(context_length(lm), tokenizer.model_max_length)
+        how = dict(truncation=True, max_length=longest, return_tensors="pt")
+        inputs = tokenizer(question, text, **how).to(lm.device)
         with autocast(lm.device):
-            logits = lm(**{key: x.to(lm.device) for key, x in inputs.items()}).logits
-        scores.append(logits.flatten()[0].float().cpu() - reward.mean)
+            scores.append(lm(**inputs).logits.flatten()[0].float().cpu() - reward.mean)
     return torch.stack(scores)
 
 def logprobs_beside(ref, policy, batch, temperature):
@@ -1337,8 +1340,8 @@ OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sf
     vocab.txt merges.txt spiece.model run.json metrics.jsonl""".split()
 
 # A checkpoint holds whole tensors, of what is trained.
-WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-LOAD = whole.StateDictOptions(full_state_dict=True, strict=False)
+SAVING = states.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+LOADING = states.StateDictOptions(full_state_dict=True, strict=False)
 
 class Run:
     """A stage's folder: settings, metrics, a checkpoint; at the end the model and eval.json.
@@ -1366,7 +1369,7 @@ class Run:
             raise UserError(f"--batch_size: {many}, expected a multiple")
         texts = [f.name for f in fields(cfg) if f.type is str and "choices" not in f.metadata]
         names = [self.settings[name] for name in texts if name not in ("out", *free)]
-        # Those that exist; of file.py:function the file.
+        # Paths that this run reads, among other names; of file.py:function, file.py.
         self.inputs = [Path(name.rpartition(":")[0] or name) for name in names if name]
         with reading(f"--out {self.out}"):
             taken = self.out.exists() and any(p.suffix != ".tmp" for p in self.out.iterdir())
@@ -1374,7 +1377,7 @@ class Run:
             self.check_folder()
 
     def check_folder(self):
-        """Whether what is in the folder may be resumed or replaced, as the flags say."""
+        """Raises UserError unless the flags allow to resume or replace what is in the folder."""
         path = self.out / "run.json"
         with reading(path):
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -1423,7 +1426,7 @@ class Run:
         if rank() == 0 and not (self.cfg.resume and is_run):
             with reading(f"--out {self.out}"):
                 self.out.mkdir(parents=True, exist_ok=True)
-            # Killed in between, it is the old run or the new one, none that seems to be finished.
+            # A kill in between leaves the old run or the new one, none that seems finished.
             self.remove(OWN_FILES[:-2])
             inputs = {str(path): fingerprint(path) for path in self.inputs if path.exists()}
             write_json(self.out / "run.json", self.settings | dict(inputs=inputs))
@@ -1439,9 +1442,9 @@ class Run:
                     if isinstance(thing, dict):
                         thing.update(state[name])
                     else:
-                        whole.set_model_state_dict(thing[0], state[name][0], options=LOAD)
+                        states.set_model_state_dict(thing[0], state[name][0], options=LOADING)
                         if state[name][1]:
-                            whole.set_optimizer_state_dict(*thing, state[name][1], options=LOAD)
+                            states.set_optimizer_state_dict(*thing, state[name][1], options=LOADING)
         self.start = state["step"]
         if rank() == 0:
             if self.metrics.tell() < state["metrics_bytes"]:
@@ -1457,12 +1460,12 @@ class Run:
             state[name] = thing
             if not isinstance(thing, dict):
                 model, optimizer = thing
-                weights = whole.get_model_state_dict(model, options=WHOLE)
-                # Frozen embeddings would be in it by their second name, that of the tied head.
+                weights = states.get_model_state_dict(model, options=SAVING)
+                # A tied head is a second name of the frozen embeddings: it is left out.
                 trained = [n for n, p in model.named_parameters() if p.requires_grad]
                 state[name] = [{n: weights[n] for n in trained if n in weights}, None]
-                if optimizer.state:  # asking for it would make one, and the run another
-                    state[name][1] = whole.get_optimizer_state_dict(*thing, options=WHOLE)
+                if optimizer.state:  # get_ would make an empty one, and the run another
+                    state[name][1] = states.get_optimizer_state_dict(*thing, options=SAVING)
         if rank() == 0:
             os.fsync(self.metrics.fileno())
             state["metrics_bytes"] = self.metrics.tell()
@@ -1471,7 +1474,7 @@ class Run:
 
     def steps(self, total, done=None, name=None):
         """Yield the step numbers from 1 (or from where a resumed run stopped) to `total`. With
-        `done`, how many steps are already, the loop keeps its own record and has no checkpoints.
+        `done`, steps finished before, the caller keeps the record: there are no checkpoints.
         """
         start = self.start if done is None else done
         before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -1599,21 +1602,18 @@ def make_missing_stages(cfg):
     """Run sft.py and reward.py for the default folders that are not finished, in this process: when
     they are stopped or fail, so are we.
     """
-    stages = [("sft.py", cfg.policy, "out/sft", [])]
+    stages = [("sft", cfg.policy, "out/sft", {})]
     if not cfg.reward_fn:
-        stages.append(("reward.py", cfg.reward, "out/reward", ["--model", cfg.policy]))
-    for script, folder, default, flags in stages:
+        stages.append(("reward", cfg.reward, "out/reward", dict(model=cfg.policy)))
+    for name, folder, default, flags in stages:
         if folder != default or (Path(folder) / "eval.json").exists():
             continue
         if dist.is_initialized():
-            raise UserError(f"{folder} is missing: make it first, by {script}")
-        print(f"{folder} is missing: running {script}")
-        flags += ["--out", folder, "--seed", str(cfg.seed), "--device", cfg.device]
-        if (Path(folder) / "run.json").exists():
-            flags.append("--resume")
-        ours, sys.argv = sys.argv, [script, *flags]
-        runpy.run_path(str(Path(__file__).parent / script), run_name="__main__")
-        sys.argv = ours
+            raise UserError(f"{folder} is missing: make it first, by {name}.py")
+        print(f"{folder} is missing: running {name}.py")
+        flags |= dict(out=folder, seed=cfg.seed, device=cfg.device)
+        stage, resume = importlib.import_module(name), (Path(folder) / "run.json").exists()
+        stage.main(stage.Config(**flags, resume=resume))
 
 # ----------------------------------------------------------------------------------- command line
 

@@ -30,8 +30,8 @@ Where this departs from the papers:
     3 Rewards are not whitened, advantages only with --whiten.
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
     5 An answer cut at --max_new_tokens loses --missing_eos_penalty from its score.
-    6 For (8.21), beta adapts to the KL that the last minibatch measured, before its own update: it
-      takes more than one update a step.
+    6 For (8.21), beta adapts to the KL that the last minibatch measured before its own update; with
+      one update a step that is always 0.
 """
 
 import time
@@ -48,9 +48,8 @@ class Config(common.Settings):
     # models and data
     policy: str = flag("out/sft", "SFT model; out/sft is made if missing")
     reward: str = flag("out/reward", "reward model; out/reward is made if missing")
-    reward_fn: str = flag("", "instead: file.py:function(prompts, responses)")
+    reward_fn: str = flag("", "instead of --reward: file.py:function(prompts, responses)")
     ref: str = flag("", "reference model; empty: the policy as it starts")
-    value: str = flag("", "value model; empty: starts as the reward model")
     data: str = flag(str(common.EMBEDDED / "prompts.jsonl"), "prompts, JSONL")
     eval_data: str = flag("", "held-out prompts; empty: a part of --data")
     gold_fn: str = flag("", "file.py:function that judges answers in evaluation")
@@ -174,21 +173,15 @@ def state_values(outputs):
     return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
 
 def load_value(cfg, reward, device):
-    """The value model: --value, or else it starts as the reward model does, and where there is none
-    that reads the policy's tokens, from the policy with a head of zeros.
+    """The value model starts as the reward model; where there is none that reads the policy's
+    tokens, as the policy with a head of zeros.
     """
-    dtype = common.trained_dtype(cfg, device)
-    if cfg.value:
-        value = common.load_scorer(cfg.value, device, dtype)
-        if not value.reads_tokens:
-            raise common.UserError(f"--value {cfg.value}: not causal, so no value for each token")
-    elif reward and cfg.lora_rank:
+    if reward and cfg.lora_rank:
         return reward  # with adapters, which scoring ignores
-    elif reward:
-        value = common.load_scorer(cfg.reward, device, dtype)
-    else:
+    if not reward:
         print("the value model starts from the policy with a zero head")
-        value = common.load_scorer(cfg.policy, device, dtype, new_head=True)
+    start, dtype = cfg.reward if reward else cfg.policy, common.trained_dtype(cfg, device)
+    value = common.load_scorer(start, device, dtype, new_head=not reward)
     common.add_lora(value, cfg)
     return value
 
@@ -258,7 +251,7 @@ def main(cfg):
         if cfg.batch_size % number:
             raise common.UserError(f"--batch_size: expected a multiple of --{name} {number}")
     if cfg.advantage == "group":
-        names = ["gamma", "lam", "whiten", "value", "value_lr", "value_warmup", "cliprange_value"]
+        names = ["gamma", "lam", "whiten", "value_lr", "value_warmup", "cliprange_value"]
         given, default = asdict(cfg), asdict(Config())
         if unused := [f"--{name}" for name in names if given[name] != default[name]]:
             print(f"--advantage group has no value model and no use for {', '.join(unused)}")
@@ -281,9 +274,9 @@ def main(cfg):
     if cfg.ref or not cfg.lora_rank:
         ref = common.load_policy(cfg.ref or cfg.policy, device, frozen, longest)
         common.prepare(ref.requires_grad_(False), cfg)
-    own_value = cfg.advantage == "gae" and not cfg.value
-    score, reward = common.load_score(cfg, policy, tokenizer, adapters=own_value)
-    value = load_value(cfg, reward, device) if cfg.advantage == "gae" else None  # group: none
+    critic = cfg.advantage == "gae"  # a group has no value model
+    score, reward = common.load_score(cfg, policy, tokenizer, adapters=critic)
+    value = load_value(cfg, reward, device) if critic else None
     gold = common.load_gold(cfg, cfg.data, tokenizer)
 
     models = [model for model in (policy, ref, value, reward) if model]
@@ -298,7 +291,7 @@ def main(cfg):
     B, budget = cfg.batch_size, common.token_budget(cfg, device)
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     slots = min(cfg.slots, B // common.world_size())
-    # What samples. Where it is the policy itself, the old log-probs in the rollout are what stays.
+    # What samples, maybe the policy itself: of pi_old the rollout keeps the log-probs.
     pi_old = common.sampling_copy(policy, cfg)
     policy_optimizer = common.make_optimizer(policy, cfg, cfg.lr)
     trained = dict(policy=(policy, policy_optimizer))
@@ -340,16 +333,16 @@ def main(cfg):
         rollout = common.collate(examples)  # on the host
         mask = rollout["mask"]  # (B, T)
 
-        def read(batch):
+        def measure(batch):
             logprobs, entropy = policy(batch, cfg.temperature)  # pi is pi_old: not updated since
             with common.without_adapter(ref):
                 ref_logprobs, _ = ref(batch, cfg.temperature)
-            found = dict(old_logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
+            measured = dict(old_logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
             if value:
-                found["old_values"] = state_values(value(batch))
-            return found
+                measured["old_values"] = state_values(value(batch))
+            return measured
 
-        rollout |= common.per_token(read, rollout, lengths, cfg, device)
+        rollout |= common.per_token(measure, rollout, lengths, cfg, device)
         rewards = token_rewards(
             penalised, rollout["old_logprobs"], rollout["ref_logprobs"], mask, coefs["kl_coef"]
         )
@@ -433,8 +426,8 @@ def main(cfg):
         metrics = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
         metrics |= rollout_metrics(rollout, sum(sampler_logprobs, [])) | coefs
         if cfg.kl_target and step > warmup:
-            now = (coefs["kl_coef"], metrics["kl"])
-            coefs["kl_coef"] = adapt_kl_coef(*now, cfg.kl_target, B, cfg.kl_horizon)
+            kl_coef, kl = coefs["kl_coef"], metrics["kl"]
+            coefs["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target, B, cfg.kl_horizon)
         if cfg.objective == "kl" and step > warmup:
             last_kl = history[-1]["approx_kl"]
             coefs["beta"] = adapt_beta(coefs["beta"], last_kl, cfg.beta_target)

@@ -23,7 +23,7 @@ against KL, beside PPO.
 Where this departs from the papers:
     1 An answer cut at the length limit pays --missing_eos_penalty, as in ppo.py, and only ever
       loses: it is in no sft.jsonl, and in dpo.jsonl only as the rejected one.
-    2 RSO visits the answers in random order, so its law does not depend on how they are listed.
+    2 RSO visits the answers in random order, so that it does not matter how they are listed.
     3 Answers of equal reward, such as the same one twice, make no pair.
 """
 
@@ -46,7 +46,7 @@ class Config(common.Settings):
     # models and data
     policy: str = flag("out/sft", "where it starts; out/sft is made if missing")
     reward: str = flag("", "reward model; empty: out/reward, or none with --pairs")
-    reward_fn: str = flag("", "instead: file.py:function(prompts, responses)")
+    reward_fn: str = flag("", "instead of --reward: file.py:function(prompts, responses)")
     data: str = flag(str(common.EMBEDDED / "prompts.jsonl"), "prompts, JSONL")
     pairs: str = flag("", "preference pairs, JSONL, instead of --data and sampling")
     eval_data: str = flag("", "held-out prompts or pairs; empty: a part of the data")

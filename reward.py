@@ -119,7 +119,7 @@ def load_judgements(cfg, tokenizer, ends, max_length):
         return judgement, max(len(example["ids"]) for example in judgement.examples)
 
     judgements = common.read_all(train_rows, read, max_length, "judgements")
-    form = ""  # of held-out data any one, that of the first line
+    form = ""  # held-out data may have another form: that of its first line
     return judgements, common.read_all(eval_rows, read, max_length, "held-out judgements")
 
 def judgement_loss(form, scores, judgements):
