@@ -799,12 +799,13 @@ def check_finite(numbers, then):
             raise UserError(f"{name} is {number}; {then}")
 
 def set_lr(optimizer, lr, step, steps, cfg):
-    """Linear warm-up over --warmup steps, then constant or linear decay to 0 after `steps`; step
-    counts from 1. Returns the rate.
+    """Linear warm-up over --warmup steps, at most half of all, then constant or linear decay to 0
+    after `steps`; step counts from 1. Returns the rate.
     """
-    lr = lr * min(1.0, step / max(1, cfg.warmup))
-    if cfg.lr_schedule == "linear" and step > cfg.warmup:
-        lr = lr * (steps - step + 1) / (steps - cfg.warmup + 1)
+    warmup = min(cfg.warmup, steps // 2)  # a short run would never reach its rate
+    lr = lr * min(1.0, step / max(1, warmup))
+    if cfg.lr_schedule == "linear" and step > warmup:
+        lr = lr * (steps - step + 1) / (steps - warmup + 1)
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -986,11 +987,8 @@ def render(tokenizer, messages, row, **how):
     try:
         with reading(f"{where}: the chat template"):
             return tokenizer.apply_chat_template(messages, **how)
-    except UserError as error:
-        roles = [message["role"] for message in messages if message["role"] != "system"]
-        if roles[:1] in ([], ["assistant"]):  # few templates render what no user begins
-            raise Unlearnable(str(error)) from error
-        raise
+    except UserError as error:  # a role that it does not know, say
+        raise Unlearnable(str(error)) from error
 
 def is_begun(prompt, row):
     """Whether the answer continues the prompt's last message, the assistant's own. In a dialogue of
@@ -1326,11 +1324,11 @@ class Settings:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     compile: str = flag("auto", "layers; auto: large ones on CUDA", choices=["auto", "on", "off"])
     lr_schedule: str = flag("linear", "after the warm-up", choices=["linear", "constant"])
-    max_grad_norm: float = flag(1.0, "gradient clipping, L2 norm of each model's", over=0)
+    max_grad_norm: float = flag(1.0, "each model's gradient is clipped to this L2 norm", over=0)
     micro_tokens: int = flag(0, "padded tokens a forward; 0: 8192 on CUDA, 512 on CPU", least=0)
     gradient_checkpointing: bool = flag(False, "less memory, slower")
     lora_rank: int = flag(0, "train adapters of this rank, by peft; 0: all weights", least=0)
-    lora_alpha: float = flag(32.0, "the adapters count alpha / rank times", over=0)
+    lora_alpha: float = flag(32.0, "the adapters are scaled by alpha / rank", over=0)
 
 # What a run writes into its folder. --overwrite removes these, and nothing else.
 OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sft.jsonl dpo.jsonl

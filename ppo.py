@@ -66,7 +66,7 @@ class Config(common.Settings):
     kl_target: float = flag(0.0, "adapt kl_coef to this, nats a response; 0: no", least=0)
     kl_horizon: int = flag(10000, "episodes over which kl_coef adapts", over=0)
     # 3 advantages
-    advantage: str = flag("gae", "gae: a value model; group: none", choices=["gae", "group"])
+    advantage: str = flag("gae", "gae: by a value model; group: none", choices=["gae", "group"])
     group: int = flag(4, "group: answers to each prompt", over=1)
     gamma: float = flag(1.0, "discount per token", over=0, most=1)
     lam: float = flag(0.95, "GAE: 0 trusts the value model, 1 the return", least=0, most=1)
@@ -246,8 +246,8 @@ def rollout_metrics(rollout, sampler_logprobs):
 # Algorithm 1
 
 def main(cfg):
-    answers = cfg.group if cfg.advantage == "group" else 1  # to each prompt of a rollout
-    for name, number in dict(minibatches=cfg.minibatches, group=answers).items():
+    per_prompt = cfg.group if cfg.advantage == "group" else 1  # answers to each prompt of a rollout
+    for name, number in dict(minibatches=cfg.minibatches, group=per_prompt).items():
         if cfg.batch_size % number:
             raise common.UserError(f"--batch_size: expected a multiple of --{name} {number}")
     if cfg.advantage == "group":
@@ -265,6 +265,8 @@ def main(cfg):
     #   ref     frozen     a second copy, bfloat16 on a GPU    the policy, its adapters off
     #   value   trained    float32, starts as the reward       adapters on the reward model
     #   reward  frozen     a copy of its own                   the value model, its adapters off
+    # policy(batch, temperature) gives log-probs and entropy, value(batch) an output at each token:
+    # (B, T); score(questions, responses) gives (B,).
     dtype, frozen = common.trained_dtype(cfg, device), common.frozen_dtype(device)
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
     policy = common.load_policy(cfg.policy, device, dtype, longest)
@@ -317,8 +319,8 @@ def main(cfg):
     for step in run.steps(cfg.steps):
         # 1. Sample: pi_old answers the next prompts of an endless shuffled series.
         began = time.perf_counter()
-        rows = common.epoch_batch(len(prompts), B // answers, step, cfg.seed)
-        questions = [prompts[row] for row in rows for _ in range(answers)]
+        rows = common.epoch_batch(len(prompts), B // per_prompt, step, cfg.seed)
+        questions = [prompts[row] for row in rows for _ in range(per_prompt)]
         queries = [question["ids"] for question in questions]
         responses, sampler_logprobs = sampler.together(queries, cfg.seed, step, "rollout")
         sampled = time.perf_counter()

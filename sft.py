@@ -154,7 +154,7 @@ def main(cfg):
     loss = nll.sum().item() / tokens
     perplexity = math.exp(min(loss, 700.0))  # what has diverged must not overflow
     run.finish(policy, tokenizer, dict(loss=loss, perplexity=perplexity, n=len(held_out)))
-    print(f"held-out loss {loss:.3f} nats a token (perplexity {perplexity:.2f}), {len(held_out)}")
+    print(f"held-out loss {loss:.3f}, perplexity {perplexity:.2f}, n = {len(held_out)}")
 
 if __name__ == "__main__":
     common.command_line(Config, main, __doc__)

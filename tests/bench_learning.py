@@ -669,13 +669,12 @@ def report_factors(work, seeds):
         found = [results_of(out) for out in outs]
         gold = " / ".join(f"{100 * r['gold_after']:.1f}" for r in found)
         last = [100 * metrics_of(out, "gold")[-6:].mean() for out in outs]
-        seconds = [metrics_of(out, "seconds").sum() for out in outs]
         rows.append([
             title, gold, f"{np.mean(last):.1f}", " / ".join(f"{r['kl']:.2f}" for r in found),
-            f"{np.mean([r['score_after'] for r in found]):.2f}", f"{np.mean(seconds):.0f}",
+            f"{np.mean([r['score_after'] for r in found]):.2f}",
         ])  # fmt: skip
     columns = ["PPO with", "good held-out answers, %", "in the last 6 steps, mean", "KL, nats"]
-    columns += ["score, mean", "seconds"]
+    columns += ["score, mean"]
     title = f"## One factor at a time, seeds {' / '.join(map(str, seeds))}\n\n"
     return title + table(columns, rows)
 

@@ -78,11 +78,11 @@ def test_a_browser_shows_the_page_on_a_phone(a_run, tmp_path):
         return re.sub(r"\s+", " ", text)
 
     run.write_report()
-    assert re.search("running, step 300 of 300 score .* 30 .*kl .* -300 .*gold .* 50% ", shown())
+    assert re.search("running, step 300 of 300 gold .* 50% score .* 30 .*kl .* -300 ", shown())
     run.finish(None, None, results)
     text = shown()
-    assert "score mean of the answers -0.25 before 1.63 after kl" in text
-    assert "gold good answers 50% before 50% after" in text and "good 100% 100%" in text
+    assert "score held out: mean of the answers -0.25 before 1.63 after kl" in text
+    assert "gold held out: good answers 50% before 50% after" in text and "good 100% 100%" in text
     changed_most = f"user: a & b before -1 {HOSTILE} after 2.5 {HOSTILE}"
     assert 0 < text.index(changed_most) < text.index("plain before 0.5 xxx")
 

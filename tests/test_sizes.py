@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # Aims: common.py 1,000, all five 2,400, 10 tokens a line. Where not reached, nothing grows back.
 LIMITS = {
-    "common.py": 1712, "ppo.py": 480, "rejection_sample.py": 450, "reward.py": 290, "sft.py": 190,
+    "common.py": 1710, "ppo.py": 480, "rejection_sample.py": 450, "reward.py": 290, "sft.py": 190,
     "README.md": 220,
 }  # fmt: skip
 CODE = {name: (ROOT / name).read_text(encoding="utf-8") for name in LIMITS if name != "README.md"}
