@@ -1202,15 +1202,16 @@ def load_score(cfg, policy, tokenizer, adapters=False):
         prepare(reward, cfg)
 
     def score(prompts, responses):
-        with reading(cfg.reward), without_adapter(reward):
-            if same:
-                examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
+        if same:
+            examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
+            with without_adapter(reward):
                 scores = per_sequence(reward.last, examples, cfg, device)
-            else:
-                texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-                cut = [r[-1] not in stops for r in responses]
-                # If its template refuses a prompt, say whose.
-                rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
+        else:
+            texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+            cut = [r[-1] not in stops for r in responses]
+            # If its template refuses a prompt, say whose.
+            rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
+            with reading(cfg.reward):
                 scores = text_scores(reward, own, rows, texts, cut, cfg)
         if not scores.isfinite().all():
             raise UserError(f"{cfg.reward}: it gives scores that are not finite numbers")
