@@ -81,12 +81,11 @@ def test_the_embedded_world_is_known_by_its_own_files(tmp_path, monkeypatch):
     (dict(messages=DIALOGUE), (DIALOGUE[:3], [])), (dict(messages=assistant("d")), ([], [])),
     (dict(messages=DIALOGUE[:3], chosen="x", rejected="y"), (DIALOGUE[:3], ["x", "y"])),
     (dict(prompt="a", chosen="b", rejected="c", completion="d", response="e"), ("a", ["b", "c"])),
-    # HH-RLHF's pairs of whole dialogues: up to the last turn of the assistant that they share
+    # HH-RLHF's pairs of whole dialogues: what they share; UltraFeedback's, beside the prompt
     (dict(chosen=f"{HUMAN} It", rejected=f"{HUMAN} It is"), (HUMAN, [" It", " It is"])),
     (dict(chosen=f"{HUMAN} It", rejected=HUMAN), (HUMAN, [" It", ""])),
     (dict(chosen=DIALOGUE, rejected=OTHER), (DIALOGUE[:3], [DIALOGUE[3:], OTHER[3:]])),
     (dict(chosen=OTHER, rejected=OTHER), (DIALOGUE[:3], [OTHER[3:], OTHER[3:]])),
-    # UltraFeedback's, beside the prompt
     *[(dict(prompt=prompt, chosen=DIALOGUE, rejected=OTHER),
        (DIALOGUE[:3], [DIALOGUE[3:], OTHER[3:]])) for prompt in ("c", user("c"))],
 ])  # fmt: skip

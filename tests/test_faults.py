@@ -199,6 +199,7 @@ def act_at(patch, thing, name, call, act, file="", before=False):
 def power_cut():
     raise SystemExit("power cut")  # no Exception: nothing in the scripts catches it
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would ignore
 ctrl_c, sigterm = (partial(os.kill, os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM))
 ENDS = {ctrl_c: "SystemExit(130)", sigterm: "SystemExit(143)", power_cut: "SystemExit('power cut')"}
 
