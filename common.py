@@ -79,10 +79,10 @@ def masked_variance(x, mask):
     """Population variance of `x` over the entries where `mask` is 1: a scalar."""
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
-def whiten(x, mask):
-    """`x` with mean 0 and (population) variance 1 over the masked entries; 0 elsewhere."""
-    centred = x - masked_mean(x, mask)
-    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8) * mask
+def whiten(x, mask, scale=True):
+    """`x` with mean 0, with `scale` (population) variance 1, over the masked entries; else 0."""
+    centred = (x - masked_mean(x, mask)) * mask
+    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8) if scale else centred
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over real response tokens.
@@ -991,9 +991,7 @@ def render(tokenizer, messages, row, **how):
         raise Unlearnable(str(error)) from error
 
 def is_begun(prompt, row):
-    """Whether the answer continues the prompt's last message, the assistant's own. In a dialogue of
-    `messages` each is whole.
-    """
+    """Whether the answer continues the prompt's last message; in `messages` each one is whole."""
     return bool(prompt) and prompt[-1]["role"] == "assistant" and "messages" not in row
 
 def render_prompt(tokenizer, prompt, row):
@@ -1024,7 +1022,7 @@ def encode(tokenizer, prompt, response, row=ALONE, ends=()):
     """Prompt and response as an example. The response is tokenised apart from the prompt, as
     generation sees it. After text it ends with EOS; after messages it is what the chat template
     adds to them, up to the token at which generation ends: one of the ids `ends`, else the special
-    token that the turn ends with, else EOS.
+    token that the turn ends with, else EOS. Raises UserError naming row["where"].
     """
     where = row["where"]
     turn = dict(role="assistant", content=response)
@@ -1129,13 +1127,10 @@ def stop_ids(lm, tokenizer):
     """What ends a response: the EOS ids of the generation config and of the tokenizer, and what the
     chat template ends a turn with.
     """
-    if lm.can_generate():
-        config = lm.generation_config
-    else:
-        try:  # the causal LM's, of whose folder a new reward model is made
+    config = lm.generation_config if lm.can_generate() else lm.config
+    if not lm.can_generate():
+        with suppress(OSError):  # the causal LM's, of whose folder a new reward model is made
             config = transformers.GenerationConfig.from_pretrained(lm.name_or_path)
-        except OSError:
-            config = lm.config
     ids = config.eos_token_id
     ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
     with suppress(UserError):  # only messages need the template, and they will say so
@@ -1190,7 +1185,7 @@ def load_score(cfg, policy, tokenizer, adapters=False):
         return function_score(cfg.reward_fn, tokenizer), None
     reward = load_scorer(cfg.reward, device, frozen_dtype(device))
     reward.requires_grad_(False)
-    own, stops = load_tokenizer(cfg.reward), stop_ids(policy.lm, tokenizer)
+    own = load_tokenizer(cfg.reward)
     ids_of = own.get_vocab()
     same = all(ids_of.get(token) == i for token, i in tokenizer.get_vocab().items())
     # A policy may sample ids that its tokenizer does not have, too.
@@ -1200,6 +1195,10 @@ def load_score(cfg, policy, tokenizer, adapters=False):
         add_lora(reward, cfg)
     elif same:
         prepare(reward, cfg)
+    else:
+        stops = stop_ids(policy.lm, tokenizer)
+        with reading(cfg.reward):
+            ends = stop_ids(reward.lm, own) if reward.reads_tokens else []
 
     def score(prompts, responses):
         if same:
@@ -1212,7 +1211,7 @@ def load_score(cfg, policy, tokenizer, adapters=False):
             # If its template refuses a prompt, say whose.
             rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
             with reading(cfg.reward):
-                scores = text_scores(reward, own, rows, texts, cut, cfg)
+                scores = text_scores(reward, own, ends, rows, texts, cut, cfg)
         if not scores.isfinite().all():
             raise UserError(f"{cfg.reward}: it gives scores that are not finite numbers")
         return scores
@@ -1220,15 +1219,14 @@ def load_score(cfg, policy, tokenizer, adapters=False):
     return score, reward if same else None
 
 @torch.no_grad()
-def text_scores(reward, tokenizer, prompts, texts, cut, cfg):
+def text_scores(reward, tokenizer, ends, prompts, texts, cut, cfg):
     """Scores (B,) of a reward model with a tokenizer of its own. A causal one reads prompt and
-    response as reward.py encodes them, without EOS where the response was `cut`; an encoder reads
-    the last message and the response as a text pair, one by one.
+    response as reward.py encodes them, without their end where the response was `cut`; an encoder
+    reads the last message and the response as a text pair, one by one.
     """
     lm = reward.lm
     if reward.reads_tokens:
         examples = []
-        ends = stop_ids(lm, tokenizer)
         for row, text, was_cut in zip(prompts, texts, cut):
             ids = encode(tokenizer, row["prompt"], text, row, ends)["ids"]
             if was_cut and ids[-1] in ends:
@@ -1653,8 +1651,7 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream
-        with suppress(AttributeError):  # not of a stage that another one runs
-            stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")
 
     def write(self, text):
         try:

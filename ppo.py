@@ -13,9 +13,8 @@ the policy pi, its frozen reference, the frozen reward model, the value model V.
                   plus the score on the last token
     3 advantages  A_t = Q(s_t, a_t) - V(s_t), estimated by GAE:
                   delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  A_t = delta_t + gamma lam A_{t+1};
-                  the return A_t + V(s_t) is what V is to learn. Or, with --advantage group and no
-                  value model, an answer's sum of r_t, less the mean of the other answers to its
-                  prompt
+                  the return A_t + V(s_t) is what V is to learn. With --advantage group there is
+                  no V: A is an answer's sum of r_t less the mean of the others to its prompt
     4 K epochs    on the ratio rho_t = pi(a_t|s_t) / pi_old(a_t|s_t), importance sampling, which
                   lets one rollout serve several updates. The objective is one of
                       clip  E[min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t)]   (8.20)
@@ -27,7 +26,7 @@ the policy pi, its frozen reference, the frozen reward model, the value model V.
 Where this departs from the papers:
     1 Old log-probs come from the training forward, not from the sampler: every ratio starts at 1.
     2 Policy and value are separate models with separate optimisers, so no weight balances them.
-    3 Rewards are not whitened, advantages only with --whiten.
+    3 Advantages are centred over the rollout, and scaled only with --whiten; rewards are not.
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
     5 An answer cut at --max_new_tokens loses --missing_eos_penalty from its score.
     6 For (8.21), beta adapts to the KL that the last minibatch measured before its own update; with
@@ -66,11 +65,11 @@ class Config(common.Settings):
     kl_target: float = flag(0.0, "adapt kl_coef to this, nats a response; 0: no", least=0)
     kl_horizon: int = flag(10000, "episodes over which kl_coef adapts", over=0)
     # 3 advantages
-    advantage: str = flag("gae", "gae: by a value model; group: none", choices=["gae", "group"])
+    advantage: str = flag("gae", "by a value model or a group", choices=["gae", "group"])
     group: int = flag(4, "group: answers to each prompt", over=1)
     gamma: float = flag(1.0, "discount per token", over=0, most=1)
     lam: float = flag(0.95, "GAE: 0 trusts the value model, 1 the return", least=0, most=1)
-    whiten: bool = flag(False, "advantages to mean 0 and variance 1 over the rollout")
+    whiten: bool = flag(False, "advantages to variance 1, not only to mean 0")
     # 4 K epochs
     objective: str = flag("clip", "(8.20), (8.21) or (8.8)", choices=["clip", "kl", "pg"])
     ppo_epochs: int = flag(2, "K, passes over each rollout; pg takes one", over=0)
@@ -212,7 +211,8 @@ def trace_table(tokenizer, rollout):
         "advantage": rollout["advantages"],
     }
     if "returns" in rollout:
-        columns |= {"value": rollout["old_values"], "return": rollout["returns"]}
+        values, returns = rollout["old_values"], rollout["returns"]
+        columns |= {"advantage": returns - values, "value": values, "return": returns}
     lines = ["token".rjust(14) + "".join(name.rjust(12) for name in columns)]
     for t in rollout["mask"][0].nonzero().flatten().tolist():
         numbers = "".join(f"{column[0, t].item():12.4f}" for column in columns.values())
@@ -355,7 +355,7 @@ def main(cfg):
             advantages, rollout["returns"] = common.gae(
                 rewards, rollout["old_values"], mask, cfg.gamma, cfg.lam
             )
-            rollout["advantages"] = whiten(advantages, mask) if cfg.whiten else advantages
+            rollout["advantages"] = whiten(advantages, mask, scale=cfg.whiten)
             if cfg.objective == "pg":  # the whole episode's reward for every token, good or bad
                 rollout["advantages"] = rewards.sum(1, keepdim=True) * mask
         else:

@@ -17,6 +17,7 @@ response pairs that the model orders as the judge did; a tie counts half.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -76,25 +77,30 @@ class Judgement:
     targets: list  # K ranks, 1 is best; for a point, its score
     form: str  # pointwise | pairwise | listwise
 
+def form_of(row):
+    if "chosen" in row:
+        return "pairwise"
+    return "listwise" if "responses" in row else "pointwise"
+
 def read_judgement(tokenizer, ends, row):
     """One line of data as a Judgement. Raises common.UserError naming the line and the key."""
     where = row["where"]
+    form = form_of(row)
     prompt, responses = common.prompt_and_responses(row)
-    if "chosen" in row:
-        form, targets = "pairwise", [1, 2]
-    elif "responses" in row:
-        form, targets = "listwise", row.get("ranks")
+    if form == "pairwise":
+        targets = [1, 2]
+    elif form == "listwise":
+        targets = row.get("ranks")
         numbers = isinstance(targets, list) and all(type(r) is int for r in targets)
         if not numbers or not all(1 <= r < 2**31 for r in targets) or len(targets) < 2:
             raise common.UserError(f'{where}: "ranks" must be two or more whole numbers from 1')
     else:
-        form, targets = "pointwise", [row.get("score")]
+        targets = [row.get("score")]
         if type(targets[0]) not in (int, float) or not abs(targets[0]) < 1e30:
             what = 'no "chosen" and "rejected", no "responses", and "score" is no finite number'
             raise common.UserError(f"{where}: {what}")
     if len(responses) != len(targets):
-        many = f"{len(responses)} responses, expected {len(targets)}"
-        raise common.UserError(f"{where}: {many}")
+        raise common.UserError(f"{where}: {len(responses)} responses, expected {len(targets)}")
     examples = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
     if form != "pointwise":
         same = all(example == examples[0] for example in examples)
@@ -107,20 +113,17 @@ def load_judgements(cfg, tokenizer, ends, max_length):
     """Training and held-out judgements; the training ones must fit --loss."""
     data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
     train_rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_pairs.jsonl")
-    form = cfg.loss
 
-    def read(row):
-        nonlocal form
+    def read(form, row):
         judgement = read_judgement(tokenizer, ends, row)
-        form = form or judgement.form
         if judgement.form != form:
             found = f"{row['where']}: {judgement.form} data"
             raise common.UserError(f"{found}, expected {form} (--loss {cfg.loss})")
         return judgement, max(len(example["ids"]) for example in judgement.examples)
 
-    judgements = common.read_all(train_rows, read, max_length, "judgements")
-    form = ""  # held-out data may have another form: that of its first line
-    return judgements, common.read_all(eval_rows, read, max_length, "held-out judgements")
+    judgements = common.read_all(train_rows, partial(read, cfg.loss), max_length, "judgements")
+    same = partial(read, form_of(eval_rows[0]))  # held-out data may have another form, but one
+    return judgements, common.read_all(eval_rows, same, max_length, "held-out judgements")
 
 def judgement_loss(form, scores, judgements):
     """The mean loss of B judgements from the scores of all their responses, one after the other."""

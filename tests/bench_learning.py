@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -500,15 +501,15 @@ LEFT_OUT = dict(  # folder: what it is, flags; a patch edits a line of ppo.py
 )  # fmt: skip
 
 
-def plan_ingredients(work, seeds):
+def plan_settings(folder, settings, work, seeds):
+    """PPO with each of the settings (name: (title, flags)), a run in work/seed/folder/name."""
     waves = [[], [], [], []]
     for seed in seeds:
         for wave, commands in zip(waves, stages(work, seed)):
             wave += commands
-        for name, (_, flags) in LEFT_OUT.items():
-            waves[2].append(
-                command("ppo.py", work / f"{seed}/{name}", **start_of(work, seed), **flags)
-            )
+        for name, (_, flags) in settings.items():
+            out = work / f"{seed}" / folder / name
+            waves[2].append(command("ppo.py", out, **start_of(work, seed) | flags))
     return waves
 
 
@@ -651,17 +652,6 @@ FACTORS = dict(  # folder: what it is, flags
 )  # fmt: skip
 
 
-def plan_factors(work, seeds):
-    waves = [[], [], [], []]
-    for seed in seeds:
-        for wave, commands in zip(waves, stages(work, seed)):
-            wave += commands
-        for name, (_, flags) in FACTORS.items():
-            out = work / f"{seed}/factors/{name}"
-            waves[2].append(command("ppo.py", out, **start_of(work, seed) | flags))
-    return waves
-
-
 def report_factors(work, seeds):
     rows = []
     for name, (title, _) in FACTORS.items():
@@ -689,9 +679,9 @@ PARTS = {  # name, plan, report, how many seeds
     "1": ("objectives", plan_objectives, report_objectives, 10),
     "2": ("seeds", plan_seeds, report_seeds, 10),
     "3": ("frontier", plan_frontier, report_frontier, 3),
-    "4": ("ingredients", plan_ingredients, report_ingredients, 5),
+    "4": ("ingredients", partial(plan_settings, "", LEFT_OUT), report_ingredients, 5),
     "5": ("reward", plan_reward, report_reward, 5),
-    "6": ("factors", plan_factors, report_factors, 3),
+    "6": ("factors", partial(plan_settings, "factors", FACTORS), report_factors, 3),
     "7": ("fresh", plan_seeds, report_fresh, 10),
 }
 

@@ -218,9 +218,8 @@ def whole(request, tmp_path_factory, bad):
     flags = dict(
         sft=dict(epochs=3.0), reward=dict(epochs=3.0), ppo=dict(
             objective="kl", kl_target=1.0, kl_horizon=20, beta_target=1e-9, ppo_epochs=2,
-            value_warmup=3,  # the policy's optimiser has no state at the first checkpoint
             minibatches=2, ptx_coef=0.1, ptx_data=str(bad / "sft.jsonl"), lr_schedule="linear",
-            reward_fn=f"{bad / 'rules.py'}:noisy",
+            reward_fn=f"{bad / 'rules.py'}:noisy", value_warmup=3,  # first checkpoint inside it
         ), rejection_sample=dict(slots=4, reward_fn="", reward=str(bad / "REWARD")),
     )[name] | dict(steps=5, warmup=2, save_every=2)  # fmt: skip
     return run(CONFIGS[name](bad, bad / "SFT", tmp_path_factory.mktemp("whole") / name, **flags))

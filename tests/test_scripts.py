@@ -128,12 +128,13 @@ def test_every_ratio_is_one_before_the_first_update(tmp_path, data, sft_folder, 
     assert [row["kl"] for row in rows_of(cfg.out)] == pytest.approx([0, 0], abs=1e-5)
 
 def test_advantages_are_whitened_over_the_rollout(tmp_path, data, sft_folder, losses):
-    flags = dict(ppo_epochs=1, steps=1, batch_size=8, minibatches=2, micro_tokens=40, whiten=True)
-    ppo.main(ppo_config(data, sft_folder, tmp_path / "clip", **flags))
-    whole = torch.cat([advantages for _, _, advantages in losses]).double()
-    assert whole.mean().item() == pytest.approx(0, abs=1e-5)
-    assert whole.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    losses.clear()  # pg has the whole reward in their place
+    flags = dict(ppo_epochs=1, steps=1, batch_size=8, minibatches=2, micro_tokens=40)
+    for scaled in (True, False):
+        ppo.main(ppo_config(data, sft_folder, tmp_path / str(scaled), whiten=scaled, **flags))
+        whole = torch.cat([advantages for _, _, advantages in losses]).double()
+        assert whole.mean().item() == pytest.approx(0, abs=1e-5)
+        assert (whole.std(correction=0).item() == pytest.approx(1, abs=1e-4)) == scaled
+        losses.clear()  # pg has the whole reward in their place
     ppo.main(ppo_config(data, sft_folder, tmp_path / "pg", objective="pg", **flags))
     whole = torch.cat([advantages for _, _, advantages in losses])
     # A count, less the missing-EOS penalty, less a KL of rounding errors: untouched.
