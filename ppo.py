@@ -250,11 +250,11 @@ def main(cfg):
     for name, number in dict(minibatches=cfg.minibatches, group=per_prompt).items():
         if cfg.batch_size % number:
             raise common.UserError(f"--batch_size: expected a multiple of --{name} {number}")
-    if cfg.advantage == "group":
-        names = ["gamma", "lam", "whiten", "value_lr", "value_warmup", "cliprange_value"]
-        given, default = asdict(cfg), asdict(Config())
-        if unused := [f"--{name}" for name in names if given[name] != default[name]]:
-            print(f"--advantage group has no value model and no use for {', '.join(unused)}")
+    of_gae = ["gamma", "lam", "whiten", "value_lr", "value_warmup", "cliprange_value"]
+    names = of_gae if cfg.advantage == "group" else ["group"]
+    given, default = asdict(cfg), asdict(Config())
+    if unused := [f"--{name}" for name in names if given[name] != default[name]]:
+        print(f"--advantage {cfg.advantage} has no use for {', '.join(unused)}")
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_prompts.jsonl")
@@ -314,6 +314,7 @@ def main(cfg):
         f"PPO ({cfg.objective}, {cfg.advantage}) on {device}: {' and '.join(trained)} of "
         f"{policy.lm.num_parameters() / 1e6:.1f}M parameters; {len(prompts)} prompts; {cfg.steps} "
         f"steps of {B} episodes, each {epochs} epochs of {cfg.minibatches} minibatches"
+        + (f"; in the first {warmup} only the value model learns" if warmup else "")
     )
 
     for step in run.steps(cfg.steps):

@@ -1,191 +1,302 @@
-"""Part 6 of bench_learning.py: a real model and real preferences. Made for a GPU.
+"""A real language model on real text, on two CPU cores: a large model's words, a lexicon's reward.
 
-    python tests/bench_real.py --model SmolLM2-135M-Instruct --train hh_harmless_train.jsonl.gz \\
-        --valid hh_harmless_valid.jsonl.gz [--trl PYTHON_WITH_TRL_1.12]
+    pip install matplotlib vaderSentiment peft
+    python tests/bench_real.py --model SmolLM2-135M-Instruct          # prints its plan and time first
+    python tests/bench_real.py --model SmolLM2-135M-Instruct --only hh
 
-reward  accuracy on the valid pairs over rates and epochs, mean of the seeds with its 95% interval;
-        the best setting against the peer's (2e-5, 1 epoch) on the same pairs (McNemar, exact)
-ppo     the peer's setting: 64 episodes a step, 64 new tokens, constant rate 3e-6, kl_coef 0.05;
-        with --trl also TRL's PPOTrainer with the same reward model and prompts; all policies'
-        answers to the valid prompts scored by that reward model before any penalty: score against
-        KL, seconds
-answers twenty prompts before and after, to read
+sentiment  the first words of film reviews are continued by 16 tokens; the reward is VADER's
+           sentiment, the gold what people's labels say (tests/sentiment.py): PPO with a value model
+           and with groups of four, three seeds; kl_coef 0.2, 0.05, 0; best-of-N, DPO, RSO
+hh         a reward model on 1,300 human preference pairs of at most 256 tokens (HH-RLHF)
+peer       --advantage group beside TRL's GRPOTrainer with RLOO's advantages (pip install trl): same
+           model, adapters, prompts, reward, answers and tokens, in turns, on two threads
 
-Finished runs are skipped. Tables go to tests/results/6_real.md.
+The scripts' own commands, on one thread, two at a time, as in bench_learning.py; finished runs are
+not run again. Tables go to tests/results/8_real.md, the picture to 8_real.svg.
 """
 
 import argparse
+import gzip
 import json
-import math
+import os
+import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from statistics import mean
 
-from bench_learning import RESULTS, ROOT, command, judge, metrics_of, out_of, results_of, table
+import bench_learning
+import numpy as np
+from bench_learning import (
+    RESULTS,
+    ROOT,
+    command,
+    metrics_of,
+    picture,
+    results_of,
+    run_all,
+    save,
+    table,
+)
 
 import common
 import rejection_sample
-import reward
+import sentiment
 
-RATES, EPOCHS, STEPS = (1e-5, 2e-5, 5e-5), (1, 2, 3), (10, 20, 40)
-PEER = (2e-5, 1)  # rate and epochs of the peer's reward model
-
-
-def run(parts):
-    """One run at a time, on whatever device there is; nothing where it is finished."""
-    if (out_of(parts) / "eval.json").exists():
-        return
-    parts[parts.index("--device") + 1] = "auto"
-    print(" ".join(parts[1:]), flush=True)
-    parts += ["--resume"] if (out_of(parts) / "run.json").exists() else []
-    done = subprocess.run(parts, cwd=ROOT, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def right_pairs(folder, rows, device):
-    """Which of the valid pairs a reward model puts in order."""
-    tokenizer, scorer = common.load_tokenizer(folder), common.load_scorer(folder, device)
-    ends = common.stop_ids(scorer.lm, tokenizer)
-    judgements = [reward.read_judgement(tokenizer, ends, row) for row in rows]
-    scores = reward.score_all(scorer, judgements, reward.Config())
-    return [bool(chosen > rejected) for chosen, rejected in scores]
+SHARED = sentiment.DATA
+SEEDS = (0, 1, 2)
+JUDGES = dict(reward_fn="tests/sentiment.py:vader", gold_fn="tests/sentiment.py:gold")
+STEPS, BATCH, NEW = 60, 16, 16  # PPO steps, episodes a step, tokens an answer
+PPO = dict(
+    gae=("PPO, value model, kl_coef 0.05", dict(kl_coef=0.05)),
+    group=("PPO, group of 4, kl_coef 0.05", dict(kl_coef=0.05, advantage="group")),
+    kl_0=("PPO, value model, kl_coef 0", dict(kl_coef=0.0)),
+    kl_02=("PPO, value model, kl_coef 0.2", dict(kl_coef=0.2)),
+)
+PREFERENCE = dict(
+    dpo=("DPO, best against worst of 16", dict(epochs=2)),
+    rso=("DPO, RSO's 8 of 16", dict(method="rso", epochs=0.5)),
+)
+PROMPTS = 300  # that DPO and RSO see, 16 answers each; PPO sees 960 answers
 
 
-def mcnemar(first, second):
-    """Exact two-sided p of two models on the same pairs, from those that only one gets right."""
-    only_first = sum(a and not b for a, b in zip(first, second))
-    only_second = sum(b and not a for a, b in zip(first, second))
-    n, k = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+def prompt_files(work):
+    """Prompts to train on, a few of them, and 200 held out: three files."""
+    with gzip.open(SHARED / "rt_polarity_prompts.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = file.readlines()
+    random.Random(0).shuffle(lines)
+    parts = dict(eval=lines[:200], train=lines[200:], few=lines[200 : 200 + PROMPTS])
+    for name, some in parts.items():
+        common.write_jsonl(work / f"{name}.jsonl", map(json.loads, some))
+    return [work / f"{name}.jsonl" for name in ("train", "few", "eval")]
 
 
-def reward_model(work, args, rate, epochs, seed):
-    """The folder of a reward model, made if missing."""
-    out = work / f"{seed}/reward_{rate:g}_{epochs}"
-    run(command(
-        "reward.py", out, model=args.model, data=args.train, eval_data=args.valid, lr=rate,
-        epochs=epochs, batch_size=16, warmup=8, max_length=512, seed=seed,
-    ))  # fmt: skip
-    return out
+def ppo_command(work, model, name, seed, **flags):
+    train, _, held_out = prompt_files(work)
+    return command(
+        "ppo.py", work / f"{seed}/{name}", policy=model, data=train, eval_data=held_out, **JUDGES,
+        lora_rank=8, lr=5e-4, value_lr=1e-3, lr_schedule="constant", steps=STEPS, batch_size=BATCH,
+        max_new_tokens=NEW, missing_eos_penalty=0.0, save_every=20, seed=seed, **flags,
+    )  # fmt: skip
 
 
-def reward_models(work, args, device):
-    rows = []
-    for rate in args.rates:
-        for epochs in args.epochs:
-            outs = [reward_model(work, args, rate, epochs, seed) for seed in args.seeds]
-            found = [results_of(out) for out in outs]
-            accuracy, n = mean(r["accuracy"] for r in found), found[0]["n"]
-            low, high = reward.wilson_interval(accuracy, n)
-            each = " / ".join(f"{100 * r['accuracy']:.1f}" for r in found)
-            interval = f"{100 * low:.1f} to {100 * high:.1f}"
-            rows.append([f"{rate:g}", epochs, f"{100 * accuracy:.1f}", interval, each])
-    text = table(["rate", "epochs", "accuracy, %", f"95% interval, n = {n}", "seeds"], rows)
-    rate, epochs, *_ = max(rows, key=lambda row: float(row[2]))
-    best = (float(rate), epochs)
-    pairs = common.read_jsonl(args.valid)
-    if best != PEER and PEER[0] in args.rates and PEER[1] in args.epochs:
-        p = []
-        for seed in args.seeds:
-            both = [
-                right_pairs(reward_model(work, args, *s, seed), pairs, device) for s in (best, PEER)
+def plan_sentiment(work, model):
+    _, few, held_out = prompt_files(work)
+    wave = [
+        ppo_command(work, model, name, seed, **flags)
+        for name, (_, flags) in PPO.items()
+        for seed in SEEDS
+    ]
+    for name, (_, flags) in PREFERENCE.items():
+        wave.append(command(
+            "rejection_sample.py", work / f"0/{name}", policy=model, data=few, eval_data=held_out,
+            **JUDGES, lora_rank=8, lr=5e-4, beta=0.1, n=16, batch_size=16, max_new_tokens=NEW,
+            missing_eos_penalty=0.0, seed=0, **flags,
+        ))  # fmt: skip
+    return wave
+
+
+def plan_hh(work, model):
+    data = dict(
+        data=SHARED / "hh_harmless_train.jsonl.gz", eval_data=SHARED / "hh_harmless_valid.jsonl.gz"
+    )
+    return [command(
+        "reward.py", work / "0/hh", model=model, **data, lora_rank=16, lr=2e-4, batch_size=16,
+        max_length=256, seed=0,
+    )]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------
+# Sentiment
+
+
+def words(text):
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def judged(prompts, texts, kl):
+    """What is known of one answer to each prompt: a dict of numbers."""
+    pairs = [pair for text in texts for pair in zip(words(text), words(text)[1:])]
+    gold = np.array(sentiment.gold(prompts, texts))
+    return dict(
+        vader=float(np.mean(sentiment.vader(prompts, texts))),
+        gold=float((gold >= 0.5).mean()),
+        kl=kl,
+        words=float(np.mean([len(words(text)) for text in texts])),
+        pairs=len(set(pairs)) / max(1, len(pairs)),
+    )
+
+
+def answers(out, name="after"):
+    rows = common.read_jsonl(out / "samples.jsonl")
+    return [row["prompt"] for row in rows], [row[name] for row in rows]
+
+
+def best_of_n(out):
+    """Best-of-n by VADER for n = 1, 2, ... 16, from sixteen answers to each held-out prompt."""
+    rows = common.read_jsonl(out / "eval_candidates.jsonl")
+    prompts = [row["prompt"] for row in rows]
+    rewards = np.array([row["rewards"] for row in rows])
+    tokenizer = common.load_tokenizer(json.loads((out / "run.json").read_text())["policy"])
+    found = {}
+    for n in (1, 2, 4, 8, 16):
+        points = []
+        for start in range(0, 16, n):  # each group of n counts
+            best = start + rewards[:, start : start + n].argmax(1)
+            texts = [
+                tokenizer.decode(row["responses"][i], skip_special_tokens=True)
+                for row, i in zip(rows, best)
             ]
-            p.append(f"{mcnemar(*both):.3f}")
-        text += (
-            f"\nBest against {PEER[0]:g}, {PEER[1]} epoch, on the same pairs: p {' / '.join(p)}\n"
-        )
-    return text
+            points.append(judged(prompts, texts, rejection_sample.best_of_n_kl(n)))
+        found[f"best of {n}"] = [{k: float(np.mean([p[k] for p in points])) for k in points[0]}]
+    return found
 
 
-def policies(work, args, device):
-    rows = []
-    for seed in args.seeds:
-        reward_folder = reward_model(work, args, *PEER, seed)
-        cfg = rejection_sample.Config(
-            reward=str(reward_folder), seed=seed, max_new_tokens=args.max_new_tokens,
-            max_prompt_tokens=128,
-        )  # fmt: skip
-        for steps in args.steps:
-            out = work / f"{seed}/ppo_{steps}"
-            run(command(
-                "ppo.py", out, policy=args.model, reward=reward_folder, data=args.train,
-                eval_data=args.valid, steps=steps, batch_size=args.batch_size,
-                max_new_tokens=args.max_new_tokens, max_prompt_tokens=128, lr=3e-6, value_lr=1e-5,
-                lr_schedule="constant", warmup=0, kl_coef=0.05, seed=seed, save_every=0,
-            ))  # fmt: skip
-            own = judge(out, args.model, device, args.valid, cfg)
-            seconds = sorted(metrics_of(out, "seconds")[:, 0])[steps // 2]
-            rows.append(["ours", seed, steps, own, f"{seconds:.2f}"])
-        if args.trl:
-            out = work / f"{seed}/trl"
-            if not (out / "done.json").exists():
-                steps = ",".join(map(str, args.steps))
-                done = subprocess.run(
-                    [args.trl, str(ROOT / "tests/peer_trl.py"), "--model", args.model,
-                     "--reward", str(reward_folder), "--data", args.train, "--out", str(out),
-                     "--steps", steps, "--seed", str(seed), "--batch_size", str(args.batch_size),
-                     "--max_new_tokens", str(args.max_new_tokens)],
-                    stdout=subprocess.PIPE, text=True,
-                )  # fmt: skip
-                if done.returncode:
-                    sys.exit(done.returncode)
-                (out / "done.json").write_text(done.stdout.strip().splitlines()[-1])
-            seconds = json.loads((out / "done.json").read_text())["seconds_per_step"]
-            for steps in args.steps:
-                own = judge(out / str(steps), args.model, device, args.valid, cfg)
-                rows.append(["TRL 1.12", seed, steps, own, f"{seconds:.2f}"])
-    before = results_of(work / f"{args.seeds[0]}/ppo_{args.steps[0]}")["score_before"]
-    cells = [
-        [who, seed, steps, f"{own['score_after']:.3f}", f"{own['kl']:.2f}",
-         f"{own['eos_rate_after']:.2f}", seconds]
-        for who, seed, steps, own, seconds in rows
+def report_sentiment(work):
+    found = best_of_n(work / "0/dpo")
+    found = {f"{name}: the model before" if name == "best of 1" else name: points
+             for name, points in found.items()}  # fmt: skip
+    for name, (title, _) in (PPO | PREFERENCE).items():
+        for seed in SEEDS if name in PPO else SEEDS[:1]:
+            out = work / f"{seed}/{name}"
+            if results := results_of(out):
+                prompts, texts = answers(out)
+                found.setdefault(title, []).append(judged(prompts, texts, results["kl"]))
+    cells = lambda points, key, style: " / ".join(format(p[key], style) for p in points)
+    rows = [
+        [name, cells(points, "vader", ".2f"), cells(points, "gold", ".0%"),
+         cells(points, "kl", ".1f"), cells(points, "words", ".1f"), cells(points, "pairs", ".0%")]
+        for name, points in found.items()
     ]  # fmt: skip
-    columns = ["", "seed", "steps", "score", "KL, nats", "answers that end", "s a step"]
-    return f"Score before: {before:.3f} (seed {args.seeds[0]})\n\n" + table(columns, cells)
-
-
-def answers(work, args):
-    """Twenty prompts before and after, of the first seed's longest run."""
-    path = work / f"{args.seeds[0]}/ppo_{max(args.steps)}/samples.jsonl"
-    lines = common.read_jsonl(path)
-    text = ""
-    for sample in lines[:: max(1, len(lines) // 20)][:20]:
-        text += f"\n**{common.as_text(sample['prompt'])[-300:].strip()}**\n"
-        for when in ("before", "after"):
-            text += f"- {when} ({sample[f'score_{when}']:.2f}): {sample[when].strip()[:400]}\n"
+    columns = ["", "VADER", "gold", "KL, nats", "words", "different pairs of words"]
+    text = table(columns, rows) + "\n" + turns(work) + "\n" + favourites(work)
+    draw(work, found)
     return text
+
+
+def windows(work, name, size=10):
+    """VADER, gold and KL over training, means of `size` steps and all seeds: (windows, 3)."""
+    runs = [work / f"{seed}/{name}" for seed in SEEDS]
+    steps = [metrics_of(out, "score", "gold", "kl") for out in runs if results_of(out)]
+    means = np.mean(steps, axis=0)
+    return means[: len(means) // size * size].reshape(-1, size, 3).mean(1)
+
+
+def turns(work):
+    """Does gold follow the proxy? Over training, from answers to training prompts."""
+    rows = []
+    for name, (title, _) in PPO.items():
+        for i, what in enumerate(("VADER", "gold", "KL, nats")):
+            style = (".2f", ".0%", ".1f")[i]
+            rows.append([f"{title}: {what}", *(format(x[i], style) for x in windows(work, name))])
+    columns = ["steps", *(f"{i + 1} to {i + 10}" for i in range(0, STEPS, 10))]
+    return table(columns, rows)
+
+
+def favourites(work):
+    """The words that became most frequent, by how many more of the 200 answers hold them."""
+    lines = []
+    for name, (title, _) in PPO.items():
+        gained = Counter()
+        for seed in SEEDS:
+            rows = common.read_jsonl(work / f"{seed}/{name}/samples.jsonl")
+            for row in rows:
+                gained.update(set(words(row["after"])))
+                gained.subtract(set(words(row["before"])))
+        top = ", ".join(f"{word} +{n}" for word, n in gained.most_common(12))
+        lines.append(f"- {title}: {top}")
+    return f"Words in more of the {200 * len(SEEDS)} answers than before:\n\n" + "\n".join(lines)
+
+
+def draw(work, found):
+    figure, axes = picture("8_real", 2)
+    best = [points[0] for name, points in found.items() if name.startswith("best of")]
+    titles = {title for title, _ in (PPO | PREFERENCE).values()}
+    colours = dict(zip(titles & found.keys(), []))
+    palette = ["tab:blue", "tab:cyan", "tab:red", "tab:green", "tab:purple", "tab:brown"]
+    colours = dict(zip([t for t, _ in (PPO | PREFERENCE).values()], palette))
+    for axis, key, column, scale in zip(axes, ("vader", "gold"), (0, 1), (1, 100)):
+        axis.plot([p["kl"] for p in best], [p[key] * scale for p in best], "o-", ms=4,
+                  color="tab:orange", label="best of 1, 2, 4, 8, 16")  # fmt: skip
+        for title, colour in colours.items():
+            points = found.get(title, [])
+            axis.plot([p["kl"] for p in points], [p[key] * scale for p in points], "o", ms=5,
+                      color=colour, label=title)  # fmt: skip
+        for name, (title, _) in PPO.items():
+            curve = windows(work, name)
+            axis.plot(curve[:, 2], curve[:, column] * scale, lw=1, color=colours[title])
+        axis.set(xlabel="KL to the model before, nats an answer")
+    axes[0].set(ylabel="VADER, the reward")
+    axes[1].set(ylabel="gold: positive, %")
+    axes[1].legend(fontsize=7)
+    axes[0].set_title("dots: held-out answers; lines: over training", fontsize=9)
+    save(figure)
+
+
+# ----------------------------------------------------------------------------------------------
+# HH-RLHF, and a peer
+
+
+def report_hh(work):
+    results = results_of(work / "0/hh")
+    low, high = results["interval"]
+    minutes = metrics_of(work / "0/hh", "seconds").sum() / 60
+    return (
+        f"{results['accuracy']:.1%} of {results['n']} held-out pairs "
+        f"(95% interval {low:.1%} to {high:.1%}), {minutes:.0f} minutes"
+    )
+
+
+def peer(work, model, steps=12):
+    """In turns, two of each on two threads: a run of ours, one of TRL's."""
+    train, *_ = prompt_files(work)
+    env = dict(os.environ, OMP_NUM_THREADS="2")
+    lines = []
+    for turn in (1, 2):
+        out = work / f"peer/{turn}"
+        ours = ppo_command(
+            out, model, "ours", turn, kl_coef=0.05, advantage="group"
+        )  # fmt: skip
+        ours[ours.index("--steps") + 1] = str(steps)
+        theirs = [
+            sys.executable, str(ROOT / "tests/peer_trl.py"), "--model", model, "--data",
+            str(train), "--out", str(out / "theirs"), "--steps", str(steps), "--seed", str(turn),
+        ]  # fmt: skip
+        if not results_of(out / f"{turn}/ours"):
+            subprocess.run(ours, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        if not (out / "theirs/steps.json").exists():
+            subprocess.run(theirs, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        seconds, score = metrics_of(out / f"{turn}/ours", "seconds", "score").T
+        own = json.loads((out / "theirs/steps.json").read_text())
+        for who, s, r in (("ours", seconds, score), ("TRL", own["seconds"], own["reward"])):
+            half = len(s) // 2
+            lines.append([who, turn, f"{np.median(s[2:]):.1f}", f"{np.mean(r[:half]):.2f}",
+                          f"{np.mean(r[half:]):.2f}"])  # fmt: skip
+    columns = ["", "turn", "s a step, median", "reward, first half", "second half"]
+    return table(columns, lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--valid", required=True)
-    parser.add_argument("--trl", help="a Python with trl 1.12, datasets and accelerate")
-    parser.add_argument("--only", default="reward,ppo")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS)
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="PPO steps")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--model", required=True, help="folder or hub name")
+    parser.add_argument("--only", default="sentiment,hh,peer", help="parts, by commas")
     parser.add_argument("--work", type=Path, default=Path("out/bench_real"))
     args = parser.parse_args()
-    for name in ("model", "train", "valid"):
-        path = Path(getattr(args, name))
-        setattr(args, name, str(path.resolve()) if path.exists() else str(path))
-    work, device = args.work.resolve(), common.choose_device("auto")
-    text = "## A real model and real preferences\n"
-    if "reward" in args.only:
-        text += "\n### Reward models\n\n" + reward_models(work, args, device)
-    if "ppo" in args.only:
-        text += "\n### PPO\n\n" + policies(work, args, device)
-        text += "\n### Before and after\n" + answers(work, args)
+    work, parts = args.work.resolve(), args.only.split(",")
+    model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    bench_learning.SECONDS |= {"ppo.py": 900, "rejection_sample.py": 900, "reward.py": 2400}
+    wave = plan_sentiment(work, model) if "sentiment" in parts else []
+    run_all([wave + (plan_hh(work, model) if "hh" in parts else [])])
+    text = ""
+    if "sentiment" in parts:
+        text += "## Sentiment\n\n" + report_sentiment(work) + "\n"
+    if "hh" in parts:
+        text += "## HH-RLHF\n\n" + report_hh(work) + "\n"
+    if "peer" in parts:
+        text += "## Beside TRL\n\n" + peer(work, model)
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "6_real.md").write_text(text, encoding="utf-8")
+    (RESULTS / "8_real.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,86 +1,71 @@
-"""TRL's PPOTrainer (trl 1.12, the last release with one) beside ours: same policy, reward model,
-prompts and settings.
-
-    python tests/peer_trl.py --model MODEL --reward REWARD --data PROMPTS --out OUT --steps 10,20,40
-
-Policies after the given numbers of updates go to OUT/STEPS; prints seconds an update, as JSON.
-`bench_real.py` runs it, with a Python that has trl 1.12 (--trl).
+"""TRL's RLOOTrainer on the task of bench_real.py, beside `ppo.py --advantage group`: same model,
+adapters, prompts, reward, answers and tokens. Writes OUT/steps.json: seconds and mean reward of
+each rollout with its two updates. (`bench_real.py --only peer` runs it; pip install trl.)
 """
 
 import argparse
-import gzip
 import json
-import os
-import statistics
 import time
 from pathlib import Path
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    TrainerCallback,
-)
-from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
+import sentiment
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import RLOOConfig, RLOOTrainer
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--reward", required=True)
-    parser.add_argument("--data", required=True, help="pairs with a prompt, JSONL or JSONL.gz")
+    parser.add_argument("--data", required=True, help="prompts, JSONL")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", default="10,20,40")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--max_prompt_tokens", type=int, default=128)
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--max_new_tokens", type=int, default=16)
     args = parser.parse_args()
-    marks = [int(step) for step in args.steps.split(",")]
+    epochs = 2  # updates of a rollout
+    times, rewards = [], []
 
-    cuda = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(args.reward, padding_side="left")
-    with (gzip.open if args.data.endswith(".gz") else open)(args.data, "rt") as file:
-        prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in file]
-    prompts = [ids for ids in prompts if len(ids) <= args.max_prompt_tokens]
-    policy, ref = (
-        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32) for _ in range(2)
-    )
-    reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(args.reward, dtype=torch.float32)
-        for _ in range(2)
-    )
-    times = []
+    def reward(prompts, completions, **_):
+        rewards.append(sentiment.vader(prompts, completions))
+        return rewards[-1]
 
-    class Save(TrainerCallback):
-        def on_log(self, arguments, state, control, **kwargs):
-            times.append(time.perf_counter())
-            if len(times) in marks:
-                policy.save_pretrained(args.out / str(len(times)))
-                tokenizer.save_pretrained(args.out / str(len(times)))
+    class Clock(TrainerCallback):
+        def on_step_begin(self, settings, state, control, **_):
+            if state.global_step % epochs == 0:
+                times.append(time.perf_counter())
 
-    B = args.batch_size
-    settings = PPOConfig(
-        output_dir=str(args.out / "trainer"), per_device_train_batch_size=B // 4,
-        gradient_accumulation_steps=4, num_mini_batches=1, num_ppo_epochs=4,
-        response_length=args.max_new_tokens, total_episodes=B * max(marks),
-        local_rollout_forward_batch_size=B, num_sample_generations=0, temperature=1.0,
-        kl_coef=0.05, missing_eos_penalty=1.0, stop_token="eos", bf16=cuda, use_cpu=not cuda,
-        save_strategy="no", report_to=[], learning_rate=3e-6, lr_scheduler_type="constant",
-        gradient_checkpointing=False, logging_steps=1, seed=args.seed,
+    config = RLOOConfig(
+        output_dir=str(args.out), per_device_train_batch_size=args.batch_size, seed=args.seed,
+        num_generations=args.group, max_completion_length=args.max_new_tokens,
+        num_iterations=epochs, max_steps=epochs * args.steps, beta=0.05, temperature=1.0,
+        learning_rate=5e-4, lr_scheduler_type="constant_with_warmup", warmup_steps=5 * epochs,
+        adam_beta2=0.95, max_grad_norm=1.0, gradient_checkpointing=False, bf16=False, use_cpu=True,
+        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000,
     )  # fmt: skip
-    PPOTrainer(
-        args=settings, processing_class=tokenizer, model=policy, ref_model=ref,
-        reward_model=reward, value_model=value,
-        train_dataset=Dataset.from_dict(dict(input_ids=prompts)),
-        eval_dataset=Dataset.from_dict(dict(input_ids=prompts[:4])), callbacks=[Save()],
-    ).train()  # fmt: skip
-    seconds = [later - earlier for earlier, later in zip(times, times[1:])]
-    seconds = statistics.median(seconds) if seconds else None
-    print(json.dumps(dict(peer="trl 1.12 PPOTrainer", seconds_per_step=seconds)), flush=True)
+    lines = Path(args.data).read_text(encoding="utf-8").splitlines()
+    trainer = RLOOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        reward_funcs=reward,
+        args=config,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    times.append(time.perf_counter())
+    found = dict(
+        seconds=[end - start for start, end in zip(times, times[1:])],
+        reward=[sum(some) / len(some) for some in rewards],
+    )
+    (args.out / "steps.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
