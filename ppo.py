@@ -276,9 +276,8 @@ def main(cfg):
     if cfg.ref or not cfg.lora_rank:
         ref = common.load_policy(cfg.ref or cfg.policy, device, frozen, longest)
         common.prepare(ref.requires_grad_(False), cfg)
-    critic = cfg.advantage == "gae"  # a group has no value model
-    score, reward = common.load_score(cfg, policy, tokenizer, adapters=critic)
-    value = load_value(cfg, reward, device) if critic else None
+    score, reward = common.load_score(cfg, policy, tokenizer, adapters=cfg.advantage == "gae")
+    value = load_value(cfg, reward, device) if cfg.advantage == "gae" else None
     gold = common.load_gold(cfg, cfg.data, tokenizer)
 
     models = [model for model in (policy, ref, value, reward) if model]
