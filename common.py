@@ -1,4 +1,4 @@
-"""What at least two stages share, in reading order: log-probs and GAE; batches; models with the
+"""What the stages share, in reading order: log-probs and GAE; batches; models with the
 forward that training needs; sampling; training, in one process or several; data; scores and
 answers; the run's settings, folder and command line.
 
@@ -80,7 +80,7 @@ def masked_variance(x, mask):
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 def whiten(x, mask, scale=True):
-    """`x` with mean 0, with `scale` (population) variance 1, over the masked entries; else 0."""
+    """`x` less its mean over the mask, with `scale` over its (population) deviation; else 0."""
     centred = (x - masked_mean(x, mask)) * mask
     return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8) if scale else centred
 
@@ -568,7 +568,7 @@ class Sampler:
             free.sort()
         return [ids for ids, _ in answers], [logprobs for _, logprobs in answers]
 
-    def together(self, prompts, *key):
+    def sample(self, prompts, *key):
         """__call__ for several processes: each answers its share of the prompts, by random numbers
         of its own, and gets all the answers. `key` seeds them: seed, step, purpose.
         """
@@ -1244,8 +1244,8 @@ def text_scores(reward, tokenizer, ends, prompts, texts, cut, cfg):
             scores.append(lm(**inputs).logits.flatten()[0].float().cpu() - reward.mean)
     return torch.stack(scores)
 
-def logprobs_beside(ref, policy, batch, temperature):
-    """Log-probs of the policy, and without gradients of the frozen reference: (B, T), (B, T)."""
+def both_logprobs(policy, ref, batch, temperature):
+    """Log-probs of the policy and, without gradients, of the frozen reference: (B, T), (B, T)."""
     logprobs, _ = policy(batch, temperature)
     with torch.no_grad(), without_adapter(ref):
         ref_logprobs, _ = ref(batch, temperature)
@@ -1259,11 +1259,11 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     """
     ids = [prompt["ids"] for prompt in prompts]
     sampler.sync(policy)
-    responses, _ = sampler.together(ids, cfg.seed, "answers")
+    responses, _ = sampler.sample(ids, cfg.seed, "answers")
     seed_global(cfg.seed, "answers")
 
     def kl_of(batch):
-        logprobs, ref_logprobs = logprobs_beside(ref, policy, batch, cfg.temperature)
+        logprobs, ref_logprobs = both_logprobs(policy, ref, batch, cfg.temperature)
         return (logprobs - ref_logprobs).sum(1)
 
     examples = [join(p, r) for p, r in zip(ids, responses)]

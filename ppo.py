@@ -14,19 +14,19 @@ the policy pi, its frozen reference, the frozen reward model, the value model V.
     3 advantages  A_t = Q(s_t, a_t) - V(s_t), estimated by GAE:
                   delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  A_t = delta_t + gamma lam A_{t+1};
                   the return A_t + V(s_t) is what V is to learn. With --advantage group there is
-                  no V: A is an answer's sum of r_t less the mean of the others to its prompt
+                  no V: A is an answer's total reward less the mean total of its prompt's others
     4 K epochs    on the ratio rho_t = pi(a_t|s_t) / pi_old(a_t|s_t), importance sampling, which
                   lets one rollout serve several updates. The objective is one of
                       clip  E[min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t)]   (8.20)
                       kl    E[rho_t A_t - beta KL(pi_old, pi)], beta adapted   (8.21)
-                      pg    E[R log pi(a_t|s_t)], to see it go wrong           (8.8)
+                      pg    E[R log pi(a_t|s_t)], R the sum of r_t, to see it go wrong   (8.8)
                   and V learns the returns by squared error, clipped too
     5 sync        pi_old <- pi
 
 Where this departs from the papers:
     1 Old log-probs come from the training forward, not from the sampler: every ratio starts at 1.
     2 Policy and value are separate models with separate optimisers, so no weight balances them.
-    3 Advantages are centred over the rollout, and scaled only with --whiten; rewards are not.
+    3 GAE's advantages are centred over the rollout, and scaled only with --whiten; rewards not.
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
     5 An answer cut at --max_new_tokens loses --missing_eos_penalty from its score.
     6 For (8.21), beta adapts to the KL that the last minibatch measured before its own update; with
@@ -35,7 +35,6 @@ Where this departs from the papers:
 
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 
@@ -96,7 +95,7 @@ class Config(common.Settings):
 #     mask          0   0   1                      1
 #     old_logprobs  0   0   log pi(yes | Hi :)     log pi(EOS | Hi : yes)
 #     old_values    0   0   V(Hi :)                V(Hi : yes)           s_t: all before token t
-#     rewards       0   0   -kl_coef * log-ratio   -kl_coef * log-ratio + score
+#     rewards       0   0   -kl_coef * kl          -kl_coef * kl + score    kl: old - ref log-prob
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The KL penalty on every token, and the score (B,) on the last real one: (B, T)."""
@@ -108,7 +107,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 def group_advantages(rewards, mask, group):
     """RLOO (Ahmadian et al. 2024): an episode's total reward, less the mean total of the other
-    answers to the same prompt, on each of its tokens: (B, T). A group is `group` rows in a row.
+    answers to the same prompt, on each of its tokens: (B, T). A group is `group` consecutive rows.
     """
     totals = rewards.sum(1).view(-1, group)  # (B / group, group)
     others = (totals.sum(1, keepdim=True) - totals) / (group - 1)
@@ -137,18 +136,18 @@ def policy_loss(
         gain = logprobs * advantages
     else:
         raise ValueError(f"objective {objective!r}: expected clip, kl or pg")
-    mean = partial(masked_mean, mask=mask)
     with torch.no_grad():
         cut = (clipped * advantages < ratio * advantages).float()
-        stats = dict(approx_kl=mean(kl), clipfrac=mean(cut), ratio=mean(ratio))
-    return -mean(gain), stats
+        measured = dict(approx_kl=kl, clipfrac=cut, ratio=ratio)
+        stats = {name: masked_mean(x, mask) for name, x in measured.items()}
+    return -masked_mean(gain, mask), stats
 
 def value_loss(values, old_values, returns, mask, cliprange_value=0.2):
     """(loss, clipfrac): half the squared error, the larger of the unclipped and clipped value's."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(error, clipped_error), mask)
-    return loss, masked_mean((clipped_error > error).float(), mask).detach()
+    return loss, masked_mean((clipped_error > error).float(), mask)
 
 def adapt_kl_coef(kl_coef, kl, target, episodes, horizon):
     """Ziegler et al. 2019, section 2.2: let kl_coef grow or shrink with the relative error of the
@@ -176,7 +175,7 @@ def load_value(cfg, reward, device):
     tokens, as the policy with a head of zeros.
     """
     if reward and cfg.lora_rank:
-        return reward  # with adapters, which scoring ignores
+        return reward  # its adapters are the value model's: scoring switches them off
     if not reward:
         print("the value model starts from the policy with a zero head")
     start, dtype = cfg.reward if reward else cfg.policy, common.trained_dtype(cfg, device)
@@ -184,13 +183,13 @@ def load_value(cfg, reward, device):
     common.add_lora(value, cfg)
     return value
 
-def ptx_backward(policy, demonstrations, number, totals, cfg):
-    """PPO-ptx (InstructGPT, eq. 2): add the gradient of the SFT loss on batch `number` of the
-    demonstrations, which keeps what was learned.
+def ptx_backward(policy, demonstrations, update, totals, cfg):
+    """PPO-ptx (InstructGPT, eq. 2): add the gradient of the SFT loss on batch `update` (from 1) of
+    the demonstrations, which keeps what was learned.
     """
     device, size = policy.lm.device, cfg.batch_size // cfg.minibatches
-    rows = common.epoch_batch(len(demonstrations), size, number, cfg.seed)
-    examples = [demonstrations[row] for row in rows]
+    indices = common.epoch_batch(len(demonstrations), size, update, cfg.seed)
+    examples = [demonstrations[i] for i in indices]
     lengths = [len(example["ids"]) for example in examples]
     tokens = sum(sum(example["mask"]) for example in examples)
     for part in common.micro_batches(range(size), lengths, common.token_budget(cfg, device)):
@@ -202,7 +201,7 @@ def ptx_backward(policy, demonstrations, number, totals, cfg):
 # Looking at what it does
 
 def trace_table(tokenizer, rollout):
-    """The first episode of the rollout, one line a response token."""
+    """The first episode, a line a response token; with a value model, the advantage uncentred."""
     columns = {
         "logprob": rollout["old_logprobs"],
         "ref_logprob": rollout["ref_logprobs"],
@@ -267,14 +266,13 @@ def main(cfg):
     #   reward  frozen     a copy of its own                   the value model, its adapters off
     # policy(batch, temperature) gives log-probs and entropy, value(batch) an output at each token:
     # (B, T); score(questions, responses) gives (B,).
-    dtype, frozen = common.trained_dtype(cfg, device), common.frozen_dtype(device)
-    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
-    policy = common.load_policy(cfg.policy, device, dtype, longest)
+    limit = cfg.max_prompt_tokens + cfg.max_new_tokens
+    policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device), limit)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.add_lora(policy, cfg)
     ref = policy
     if cfg.ref or not cfg.lora_rank:
-        ref = common.load_policy(cfg.ref or cfg.policy, device, frozen, longest)
+        ref = common.load_policy(cfg.ref or cfg.policy, device, common.frozen_dtype(device), limit)
         common.prepare(ref.requires_grad_(False), cfg)
     score, reward = common.load_score(cfg, policy, tokenizer, adapters=cfg.advantage == "gae")
     value = load_value(cfg, reward, device) if cfg.advantage == "gae" else None
@@ -286,43 +284,42 @@ def main(cfg):
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
     if cfg.ptx_coef:
         rows = common.read_jsonl(cfg.ptx_data)
-        limit = min(longest, common.context_length(policy.lm))
-        demonstrations = common.load_demonstrations(rows, tokenizer, eos, limit)
+        room = min(limit, common.context_length(policy.lm))
+        demonstrations = common.load_demonstrations(rows, tokenizer, eos, room)
 
     B, budget = cfg.batch_size, common.token_budget(cfg, device)
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     slots = min(cfg.slots, B // common.world_size())
-    # What samples, maybe the policy itself: of pi_old the rollout keeps the log-probs.
-    pi_old = common.sampling_copy(policy, cfg)
+    # The model that samples: the policy or a copy. Of pi_old the ratios need only `old_logprobs`.
+    sampling = common.sampling_copy(policy, cfg)
     policy_optimizer = common.make_optimizer(policy, cfg, cfg.lr)
     trained = dict(policy=(policy, policy_optimizer))
     if value:
         value_optimizer = common.make_optimizer(value, cfg, cfg.value_lr)
         trained["value"] = (value, value_optimizer)
-    sampler = common.Sampler(pi_old, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
-    judges = dict(tokenizer=tokenizer, score=score, gold=gold, cfg=cfg)
-    answer = partial(common.answer_prompts, policy, sampler, ref, **judges)
-    before = answer(eval_prompts)  # of the policy as it starts, also when a run is resumed
+    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
+    evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
+    before = common.answer_prompts(*evaluation)  # of the policy as it starts, in a resumed run too
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
     run.begin(**trained, coefs=coefs)
-    sampler.sync(policy)  # with what a checkpoint may have brought back
+    sampler.sync(policy)  # run.begin may have loaded a checkpoint's policy
 
     epochs = 1 if cfg.objective == "pg" else cfg.ppo_epochs
-    warmup = cfg.value_warmup if value else 0  # steps
+    value_warmup = cfg.value_warmup if value else 0  # steps
     print(
         f"PPO ({cfg.objective}, {cfg.advantage}) on {device}: {' and '.join(trained)} of "
         f"{policy.lm.num_parameters() / 1e6:.1f}M parameters; {len(prompts)} prompts; {cfg.steps} "
         f"steps of {B} episodes, each {epochs} epochs of {cfg.minibatches} minibatches"
-        + (f"; in the first {warmup} only the value model learns" if warmup else "")
+        + (f"; in the first {value_warmup} only the value model learns" if value_warmup else "")
     )
 
     for step in run.steps(cfg.steps):
         # 1. Sample: pi_old answers the next prompts of an endless shuffled series.
         began = time.perf_counter()
-        rows = common.epoch_batch(len(prompts), B // per_prompt, step, cfg.seed)
-        questions = [prompts[row] for row in rows for _ in range(per_prompt)]
+        indices = common.epoch_batch(len(prompts), B // per_prompt, step, cfg.seed)
+        questions = [prompts[i] for i in indices for _ in range(per_prompt)]
         queries = [question["ids"] for question in questions]
-        responses, sampler_logprobs = sampler.together(queries, cfg.seed, step, "rollout")
+        responses, sampler_logprobs = sampler.sample(queries, cfg.seed, step, "rollout")
         sampled = time.perf_counter()
 
         # 2. Score: the reward model reads each whole answer; one that was cut at the limit is
@@ -336,7 +333,7 @@ def main(cfg):
         mask = rollout["mask"]  # (B, T)
 
         def measure(batch):
-            logprobs, entropy = policy(batch, cfg.temperature)  # pi is pi_old: not updated since
+            logprobs, entropy = policy(batch, cfg.temperature)  # still pi_old: no update so far
             with common.without_adapter(ref):
                 ref_logprobs, _ = ref(batch, cfg.temperature)
             measured = dict(old_logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
@@ -356,15 +353,14 @@ def main(cfg):
                 rewards, rollout["old_values"], mask, cfg.gamma, cfg.lam
             )
             rollout["advantages"] = whiten(advantages, mask, scale=cfg.whiten)
-            if cfg.objective == "pg":  # the whole episode's reward for every token, good or bad
+            if cfg.objective == "pg":  # (8.8): the episode's total reward R, with no baseline
                 rollout["advantages"] = rewards.sum(1, keepdim=True) * mask
         else:
             rollout["advantages"] = group_advantages(rewards, mask, cfg.group)
         scored = time.perf_counter()
 
-        # 4. K epochs of the objective on this rollout, its episodes dealt into minibatches anew in
-        # each. A gradient is summed over micro-batches in which every real token of the minibatch
-        # weighs the same. Policy and value take turns, so that only one of them holds gradients.
+        # 4. K epochs of the objective on this rollout, dealt into minibatches anew in each. Policy
+        # and value take turns, so that only one of them holds gradients.
         lr = common.set_lr(policy_optimizer, cfg.lr, step, cfg.steps, cfg)
         if value:
             common.set_lr(value_optimizer, cfg.value_lr, step, cfg.steps, cfg)
@@ -374,14 +370,14 @@ def main(cfg):
             for minibatch in torch.randperm(B, generator=shuffle).chunk(cfg.minibatches):
                 parts = common.micro_batches(minibatch.tolist(), lengths, budget)
                 batches = [common.take(rollout, part, device) for part in parts]
-                # Shares of the minibatch's tokens: the gradients of the parts add up to its own.
+                # A micro-batch weighs as its tokens: gradients add up to that of the minibatch.
                 tokens = mask[minibatch].sum()
                 shares = [(mask[part].sum() / tokens).item() for part in parts]
 
                 totals = {}
                 for batch, share in zip(batches, shares):
                     logprobs, _ = policy(batch, cfg.temperature)
-                    loss, stats = policy_loss(
+                    loss, tensors = policy_loss(
                         logprobs,
                         batch["old_logprobs"],
                         batch["advantages"],
@@ -391,16 +387,16 @@ def main(cfg):
                         beta=coefs["beta"],
                     )
                     (loss * share).backward()
-                    common.add_up(totals, share, pg_loss=loss, **stats)
+                    common.add_up(totals, share, pg_loss=loss, **tensors)
                 if cfg.ptx_coef:
-                    number = (step - 1) * epochs * cfg.minibatches + len(history) + 1
-                    ptx_backward(policy, demonstrations, number, totals, cfg)
+                    update = (step - 1) * epochs * cfg.minibatches + len(history) + 1
+                    ptx_backward(policy, demonstrations, update, totals, cfg)
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                 stats = common.read_stats(totals, grad_norm=norm)  # raises where not finite
-                if step > warmup:
+                if step > value_warmup:
                     policy_optimizer.step()
                 policy_optimizer.zero_grad()
-                history.append(stats)
+                history.append(stats)  # the value model's statistics are added to it below
                 if not value:
                     continue
 
@@ -427,16 +423,16 @@ def main(cfg):
         sampler.sync(policy)
         metrics = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
         metrics |= rollout_metrics(rollout, sum(sampler_logprobs, [])) | coefs
-        if cfg.kl_target and step > warmup:
+        if cfg.kl_target and step > value_warmup:
             kl_coef, kl = coefs["kl_coef"], metrics["kl"]
             coefs["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target, B, cfg.kl_horizon)
-        if cfg.objective == "kl" and step > warmup:
+        if cfg.objective == "kl" and step > value_warmup:
             last_kl = history[-1]["approx_kl"]
             coefs["beta"] = adapt_beta(coefs["beta"], last_kl, cfg.beta_target)
 
         # From here on nothing is learned: metrics and samples.
         if gold:
-            good = gold(questions, responses) >= 0.5  # an answer that is at least fair
+            good = gold(questions, responses) >= 0.5  # the "good answers" of README
             metrics["gold"] = good.float().mean().item()
         passes = len(history) / cfg.minibatches  # over the rollout
         run.log(
@@ -464,7 +460,7 @@ def main(cfg):
             question = common.as_text(questions[0]["prompt"])[-200:]
             run.print(f"step {step}: {question}\n{trace_table(tokenizer, rollout)}")
 
-    after = answer(eval_prompts)
+    after = common.answer_prompts(*evaluation)
     samples, results = common.compare(eval_prompts, before=before, after=after)
     results["kl"] = sum(after["kl"]) / len(after["kl"])
     common.write_jsonl(run.out / "samples.jsonl", samples)

@@ -39,8 +39,6 @@ import torch.nn.functional as F
 import common
 from common import flag
 
-LOSSES = ["sigmoid", "hinge", "ipo"]
-
 @dataclass
 class Config(common.Settings):
     # models and data
@@ -55,17 +53,17 @@ class Config(common.Settings):
     prompt: str = flag("", "only answer this, on the terminal; -: each line of stdin")
     # 1 sample
     n: int = flag(0, "answers a prompt; 0: 8, with rso 64", least=0)
-    max_new_tokens: int = flag(48, "longest answer, tokens", over=0)
+    max_new_tokens: int = flag(48, "longest response, tokens", over=0)
     temperature: float = flag(1.0, "in sampling and in every log-prob", over=0)
     slots: int = flag(256, "sequences generated at once", over=0)
     # 2 select
     method: str = flag("best_of_n", "how pairs are chosen", choices=["best_of_n", "rso"])
-    missing_eos_penalty: float = flag(1.0, "off the score of a cut answer", least=0)
+    missing_eos_penalty: float = flag(1.0, "off the score of a cut response", least=0)
     rso_beta: float = flag(0.5, "rso: small is greedy, large accepts any", over=0)
     num_samples: int = flag(8, "rso: answers accepted of the n", over=1)
     rank: str = flag("first_round", "rso: how they pair", choices=["first_round", "tournament"])
     # 3 preference step
-    loss: str = flag("sigmoid", "none: write the data only", choices=[*LOSSES, "none"])
+    loss: str = flag("sigmoid", "none: data only", choices=["sigmoid", "hinge", "ipo", "none"])
     beta: float = flag(0.5, "large stays near the reference; often 0.1", over=0)
     epochs: float = flag(2.0, "passes over the pairs", over=0)
     steps: int = flag(0, "cap on the optimiser steps; 0: none", least=0)
@@ -146,7 +144,7 @@ def sample_and_score(sampler, score, prompts, key, cfg):
     each ended by itself, and the rewards to choose by: scores less the penalty of those cut.
     """
     queries = [p["ids"] for p in prompts for _ in range(cfg.n)]
-    responses, _ = sampler.together(queries, *key)
+    responses, _ = sampler.sample(queries, *key)
     # Each different answer is scored once: it is cheaper, and equal answers get equal scores,
     # which padding to other lengths would not promise.
     answers = [(i // cfg.n, tuple(response)) for i, response in enumerate(responses)]
@@ -156,14 +154,16 @@ def sample_and_score(sampler, score, prompts, key, cfg):
     score_of = dict(zip(different, scores.tolist()))
     candidates = []
     for i, prompt in enumerate(prompts):
-        candidate = dict(prompt=prompt["prompt"], prompt_ids=prompt["ids"])
+        group = dict(prompt=prompt["prompt"], prompt_ids=prompt["ids"])
         own = responses[i * cfg.n : (i + 1) * cfg.n]
-        candidate["responses"] = own
-        candidate["scores"] = [score_of[i, tuple(response)] for response in own]
-        candidate["ended"] = [response[-1] in sampler.eos_ids for response in own]
-        both = zip(candidate["scores"], candidate["ended"])
-        candidate["rewards"] = [s - cfg.missing_eos_penalty * (not ended) for s, ended in both]
-        candidates.append(candidate)
+        group["responses"] = own
+        group["scores"] = [score_of[i, tuple(response)] for response in own]
+        group["ended"] = [response[-1] in sampler.eos_ids for response in own]
+        group["rewards"] = [
+            score if ended else score - cfg.missing_eos_penalty
+            for score, ended in zip(group["scores"], group["ended"])
+        ]
+        candidates.append(group)
     return candidates
 
 def sample_candidates(run, name, sampler, score, prompts, cfg):
@@ -172,21 +172,21 @@ def sample_candidates(run, name, sampler, score, prompts, cfg):
     They are written part by part; what an interrupted run left there is not sampled again.
     """
     path = run.out / f"{name}.jsonl"
-    part = max(1, 4 * cfg.slots // cfg.n)  # prompts: enough answers to keep the slots busy
+    size = max(1, 4 * cfg.slots // cfg.n)  # prompts a part: their answers keep the slots busy
     with common.reading(path):
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         # A kill may leave half a line; a part that was not written to its end is sampled again.
         candidates = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        answered = [candidate["prompt_ids"] for candidate in candidates]
+        answered = [group["prompt_ids"] for group in candidates]
     if answered != [p["ids"] for p in prompts[: len(candidates)]]:
         raise common.UserError(f"{path}: answers to other prompts than --data holds now")
     if len(candidates) < len(prompts):
-        candidates = candidates[: len(candidates) // part * part]
+        candidates = candidates[: len(candidates) // size * size]
     common.gather([])  # wait until each process has read it
     common.write_jsonl(path, candidates)
-    done = math.ceil(len(candidates) / part)
-    for step in run.steps(math.ceil(len(prompts) / part), done, name):
-        some = prompts[(step - 1) * part : step * part]
+    done = math.ceil(len(candidates) / size)
+    for step in run.steps(math.ceil(len(prompts) / size), done, name):
+        some = prompts[(step - 1) * size : step * size]
         new = sample_and_score(sampler, score, some, (cfg.seed, name, step), cfg)
         if common.rank() == 0:
             with open(path, "a", encoding="utf-8") as file:
@@ -210,7 +210,7 @@ def choose_pairs(rewards, ended, number, cfg):
         best, worst = best_index(rewards, ended), rewards.index(min(rewards))
         if rewards[best] > rewards[worst]:
             pairs = [(best, worst)]
-    elif len(rewards) > cfg.num_samples:
+    else:
         rng = np.random.default_rng([cfg.seed, number])
         accepted = statistical_rejection(rewards, cfg.num_samples, cfg.rso_beta, rng)
         ranked = rank_pairs([rewards[i] for i in accepted], cfg.rank)
@@ -220,10 +220,9 @@ def choose_pairs(rewards, ended, number, cfg):
 def select(run, prompts, candidates, tokenizer, cfg):
     """Write sft.jsonl and dpo.jsonl; returns the pairs as examples, chosen first."""
     demonstrations, preferences, pairs = [], [], []
-    for number, (prompt, candidate) in enumerate(zip(prompts, candidates)):
+    for number, (prompt, group) in enumerate(zip(prompts, candidates)):
         line = {key: prompt[key] for key in ("prompt", "tools") if key in prompt}
-        rewards, ended = candidate["rewards"], candidate["ended"]
-        responses = candidate["responses"]
+        rewards, ended, responses = group["rewards"], group["ended"], group["responses"]
         texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
         if not isinstance(prompt["prompt"], str):
             texts = [[dict(role="assistant", content=text)] for text in texts]
@@ -235,8 +234,8 @@ def select(run, prompts, candidates, tokenizer, cfg):
                 preferences.append(line | dict(chosen=texts[winner], rejected=texts[loser]))
                 pair = [responses[winner], responses[loser]]
                 pairs.append([common.join(prompt["ids"], response) for response in pair])
-    ended = np.mean([whole for candidate in candidates for whole in candidate["ended"]])
-    print(f"{len(candidates)} prompts with {cfg.n} answers each; {ended:.1%} ended by themselves")
+    rate = np.mean([group["ended"] for group in candidates])
+    print(f"{len(candidates)} prompts with {cfg.n} answers each; {rate:.1%} ended by themselves")
     if cfg.method == "best_of_n":
         common.write_jsonl(run.out / "sft.jsonl", demonstrations)
         print(f"{run.out / 'sft.jsonl'}: {len(demonstrations)} best answers")
@@ -254,12 +253,10 @@ def load_pairs(rows, tokenizer, ends, max_length):
         pair = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
         if pair[0] == pair[1]:
             raise common.Unlearnable(f"{row['where']}: chosen and rejected are the same")
-        return pair, pair_length(pair)
+        lengths = [len(example["ids"]) for example in pair]
+        return pair, max(lengths)
 
     return common.read_all(rows, read, max_length, "pairs")
-
-def pair_length(pair):
-    return max(len(example["ids"]) for example in pair)
 
 # 3 Preference step
 
@@ -267,7 +264,7 @@ def held_out_accuracy(policy, ref, pairs, cfg):
     """Share of pairs with h > 0: those the policy moved the right way, a tie counts half."""
 
     def logratio(batch):
-        logprobs, ref_logprobs = common.logprobs_beside(ref, policy, batch, cfg.temperature)
+        logprobs, ref_logprobs = common.both_logprobs(policy, ref, batch, cfg.temperature)
         return logprobs.sum(1) - ref_logprobs.sum(1)
 
     examples = [example for pair in pairs for example in pair]
@@ -278,16 +275,13 @@ def held_out_accuracy(policy, ref, pairs, cfg):
 
 def judge_best(prompts, candidates, gold, tokenizer):
     """Best-of-N on held-out prompts, as `common.answer_prompts` gives a policy's answers."""
-    best = [best_index(candidate["rewards"], candidate["ended"]) for candidate in candidates]
-    found = {
-        key: [candidate[key][i] for candidate, i in zip(candidates, best)]
-        for key in ("responses", "scores", "ended")
-    }
+    best = [(group, best_index(group["rewards"], group["ended"])) for group in candidates]
+    responses = [group["responses"][i] for group, i in best]
     return dict(
-        texts=[tokenizer.decode(r, skip_special_tokens=True) for r in found["responses"]],
-        scores=found["scores"],
-        gold=gold(prompts, found["responses"]).tolist() if gold else [],
-        ended=found["ended"],
+        texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
+        scores=[group["scores"][i] for group, i in best],
+        gold=gold(prompts, responses).tolist() if gold else [],
+        ended=[group["ended"][i] for group, i in best],
     )
 
 def answer(cfg, device):
@@ -342,13 +336,13 @@ def main(cfg):
     rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_prompts.jsonl")
     common.make_missing_stages(cfg)
     # With LoRA the reference is the policy without its adapter.
-    longest = max(cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_length)
-    policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device), longest)
+    limit = max(cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_length)
+    policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device), limit)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.add_lora(policy, cfg)
     ref = policy
     if cfg.loss != "none" and not cfg.lora_rank:
-        ref = common.load_policy(cfg.policy, device, common.frozen_dtype(device), longest)
+        ref = common.load_policy(cfg.policy, device, common.frozen_dtype(device), limit)
         common.prepare(ref.requires_grad_(False), cfg)
     score = reward = None
     if cfg.reward or cfg.reward_fn:
@@ -357,21 +351,21 @@ def main(cfg):
     gold = common.load_gold(cfg, data, tokenizer)
     eos = common.stop_ids(policy.lm, tokenizer)
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
-    prompts = []
+    prompts = [] if cfg.pairs else common.load_prompts(rows, tokenizer, cfg, *models)
     if cfg.pairs:
-        limit = min(cfg.max_length, common.context_length(policy.lm))
-        pairs = load_pairs(rows, tokenizer, eos, limit)
+        room = min(cfg.max_length, common.context_length(policy.lm))
+        pairs = load_pairs(rows, tokenizer, eos, room)
         eval_rows = [row for row in eval_rows if "chosen" in row]
-        eval_pairs = load_pairs(eval_rows, tokenizer, eos, limit) if eval_rows else []
-    else:
-        prompts = common.load_prompts(rows, tokenizer, cfg, *models)
+        eval_pairs = load_pairs(eval_rows, tokenizer, eos, room) if eval_rows else []
 
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
-    pi = common.sampling_copy(policy, cfg)
+    sampling = common.sampling_copy(policy, cfg)
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)
-    sampler = common.Sampler(pi, eos, cfg.max_new_tokens, longest, cfg.temperature, cfg.slots)
-    look = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
-    answers, results = dict(before=common.answer_prompts(*look)), {}
+    sampler = common.Sampler(
+        sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, cfg.slots
+    )
+    evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
+    answers, results = dict(before=common.answer_prompts(*evaluation)), {}
     run.begin(policy=(policy, optimizer))
 
     if not cfg.pairs:
@@ -389,29 +383,33 @@ def main(cfg):
         if not pairs:
             raise common.UserError("no pairs to learn from: see the counts above")
         steps = common.total_steps(cfg, len(pairs))
-        lengths = [2 * pair_length(pair) for pair in pairs]  # a pair's two stay together
+        lengths = [2 * max(len(e["ids"]) for e in pair) for pair in pairs]  # a pair stays together
         print(
             f"Preference step ({cfg.loss}) on {device}: {policy.lm.num_parameters() / 1e6:.1f}M "
             f"parameters, {len(pairs)} pairs, {steps} steps of {cfg.batch_size}"
         )
         for step in run.steps(steps):
             lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
-            rows = common.epoch_batch(len(pairs), cfg.batch_size, step, cfg.seed)
+            indices = common.epoch_batch(len(pairs), cfg.batch_size, step, cfg.seed)
             totals = {}
-            for part in common.micro_batches(rows, lengths, common.token_budget(cfg, device)):
-                batch = common.collate([example for row in part for example in pairs[row]], device)
-                logprobs, ref_logprobs = common.logprobs_beside(ref, policy, batch, cfg.temperature)
+            for part in common.micro_batches(indices, lengths, common.token_budget(cfg, device)):
+                batch = common.collate([example for i in part for example in pairs[i]], device)
+                logprobs, ref_logprobs = common.both_logprobs(policy, ref, batch, cfg.temperature)
                 chosen, rejected = logprobs.sum(1).view(-1, 2).unbind(1)  # (b,), (b,)
                 ref_chosen, ref_rejected = ref_logprobs.sum(1).view(-1, 2).unbind(1)
                 loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss)
-                share = len(part) / len(rows)  # every pair weighs the same
+                share = len(part) / len(indices)  # every pair weighs the same
                 (loss * share).backward()
                 up, down = chosen - ref_chosen, rejected - ref_rejected
                 common.add_up(
-                    totals, share, loss=loss, accuracy=((up - down).sign() + 1).mean() / 2,
+                    totals,
+                    share,
+                    loss=loss,
+                    accuracy=((up - down).sign() + 1).mean() / 2,
                     margin=cfg.beta * (up - down).mean(),
-                    chosen_logratio=up.mean(), rejected_logratio=down.mean(),
-                )  # fmt: skip
+                    chosen_logratio=up.mean(),
+                    rejected_logratio=down.mean(),
+                )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             stats = common.read_stats(totals, grad_norm=grad_norm)
             optimizer.step()
@@ -420,7 +418,7 @@ def main(cfg):
 
         if cfg.pairs and eval_pairs:
             results["accuracy"] = held_out_accuracy(policy, ref, eval_pairs, cfg)
-        answers["after"] = common.answer_prompts(*look)
+        answers["after"] = common.answer_prompts(*evaluation)
         results["kl"] = sum(answers["after"]["kl"]) / len(eval_prompts)
 
     samples, means = common.compare(eval_prompts, **answers)

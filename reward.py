@@ -122,8 +122,8 @@ def load_judgements(cfg, tokenizer, ends, max_length):
         return judgement, max(len(example["ids"]) for example in judgement.examples)
 
     judgements = common.read_all(train_rows, partial(read, cfg.loss), max_length, "judgements")
-    same = partial(read, form_of(eval_rows[0]))  # held-out data may have another form, but one
-    return judgements, common.read_all(eval_rows, same, max_length, "held-out judgements")
+    read_held_out = partial(read, form_of(eval_rows[0]))  # one form, maybe not that of --loss
+    return judgements, common.read_all(eval_rows, read_held_out, max_length, "held-out judgements")
 
 def judgement_loss(form, scores, judgements):
     """The mean loss of B judgements from the scores of all their responses, one after the other."""
@@ -141,7 +141,7 @@ def judgement_loss(form, scores, judgements):
     return listwise_loss(rewards, ranks, mask)
 
 def score_all(scorer, judgements, cfg):
-    """The scores of each judgement's responses: a list of lists of numbers."""
+    """The model's scores: one tensor (K,) for each judgement."""
     examples = [example for judgement in judgements for example in judgement.examples]
     scores = common.per_sequence(scorer.last, examples, cfg, scorer.lm.device)
     return scores.split([len(judgement.examples) for judgement in judgements])
@@ -187,17 +187,17 @@ def new_reward_model(cfg, device):
         raise common.UserError(f"{cfg.model}: it has no score at every token to build on")
     tokenizer = common.load_tokenizer(cfg.model, lm)
     ends = common.stop_ids(lm, tokenizer)
-    lm.config.eos_token_id = ends  # for whoever reads the text with this model's own tokenizer
-    # Plain transformers reads the score at the last token that is not pad, and a response's last
-    # one must not be. So pad is a token made for it; where there is none, one more.
+    lm.config.eos_token_id = ends  # where common.stop_ids finds them in the saved model
+    # Plain transformers reads the score at the last token that is not pad, so no id that ends a
+    # response may be pad. Take a special token made for padding, or add one.
     if tokenizer.pad_token_id in (None, *ends):
         special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         spare = [token for token in special if "pad" in token.lower()]
         tokenizer.add_special_tokens(dict(pad_token=(*spare, "<|pad|>")[0]))
-    rows = lm.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    known = lm.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        lm.get_input_embeddings().weight.data[rows:] = 0
+        lm.get_input_embeddings().weight.data[known:] = 0
     lm.config.pad_token_id = tokenizer.pad_token_id
     d = lm.score.weight.shape[1]
     head = torch.randn(1, d, generator=common.make_generator("cpu", cfg.seed, "head"))
@@ -209,15 +209,14 @@ def main(cfg):
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)
     scorer, tokenizer, ends = new_reward_model(cfg, device)
-    longest = min(cfg.max_length, common.context_length(scorer.lm))
-    judgements, held_out = load_judgements(cfg, tokenizer, ends, longest)
+    limit = min(cfg.max_length, common.context_length(scorer.lm))
+    judgements, held_out = load_judgements(cfg, tokenizer, ends, limit)
     # A judgement's loss needs its K responses together: they count K times the longest.
     lengths = [len(j.examples) * max(len(e["ids"]) for e in j.examples) for j in judgements]
 
     optimizer = common.make_optimizer(scorer, cfg, cfg.lr)
     run.begin(scorer=(scorer, optimizer))
     steps = common.total_steps(cfg, len(judgements))
-    budget = common.token_budget(cfg, device)
     print(
         f"Reward model ({cfg.loss}) on {device}: {scorer.lm.num_parameters() / 1e6:.1f}M "
         f"parameters, {len(judgements)} judgements, {steps} steps of {cfg.batch_size}"
@@ -225,25 +224,24 @@ def main(cfg):
 
     for step in run.steps(steps):
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
-        rows = common.epoch_batch(len(judgements), cfg.batch_size, step, cfg.seed)
-        loss = torch.zeros((), device=device)
-        for part in common.micro_batches(rows, lengths, budget):
-            some = [judgements[row] for row in part]
+        indices = common.epoch_batch(len(judgements), cfg.batch_size, step, cfg.seed)
+        totals = {}
+        for part in common.micro_batches(indices, lengths, common.token_budget(cfg, device)):
+            some = [judgements[i] for i in part]
             batch = common.collate([example for j in some for example in j.examples], device)
-            # The mean over the whole batch, however it is cut: a judgement weighs 1 / batch_size.
-            share = len(some) / len(rows)
-            micro_loss = judgement_loss(cfg.loss, scorer.last(batch), some) * share
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            share = len(some) / len(indices)  # every judgement weighs the same
+            loss = judgement_loss(cfg.loss, scorer.last(batch), some)
+            (loss * share).backward()
+            common.add_up(totals, share, loss=loss)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm)
-        stats = common.read_stats(dict(loss=loss), grad_norm=grad_norm)
+        stats = common.read_stats(totals, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         run.log(("loss", "lr"), lr=lr, **stats)
 
     results = held_out_results(scorer, held_out, cfg)
-    # The zero: the mean score of the best responses, as InstructGPT's demonstrations are.
+    # Centre: the best responses of the first 500 judgements score 0 on average.
     scores = score_all(scorer, judgements[:500], cfg)
     best = [s[j.targets.index(min(j.targets))] for s, j in zip(scores, judgements)]
     scorer.mean = scorer.lm.config.reward_mean = torch.stack(best).mean().item()

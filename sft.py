@@ -39,7 +39,7 @@ class Config(common.Settings):
     out: str = flag("out/sft", "folder of the run")
 
 def texts_of(rows):
-    """All that a model may read or say in these lines; not where they come from."""
+    """Every text in these rows, which a model may read or say; `where` (file:line) is none."""
     values = [value for row in rows for key, value in row.items() if key != "where"]
     messages = [m for value in values if isinstance(value, list) for m in value]
     values += [common.content_of(m) for m in messages if common.is_message(m)]
@@ -123,7 +123,6 @@ def main(cfg):
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)
     run.begin(policy=(policy, optimizer))
     steps = common.total_steps(cfg, len(examples))
-    budget = common.token_budget(cfg, device)
     print(
         f"SFT on {device}: {policy.lm.num_parameters() / 1e6:.1f}M parameters, {len(examples)} "
         f"demonstrations, {steps} steps of {cfg.batch_size}"
@@ -131,19 +130,19 @@ def main(cfg):
 
     for step in run.steps(steps):
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
-        rows = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
+        indices = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
         # Every token of the whole batch weighs the same, however the batch is cut.
-        tokens = sum(sum(examples[row]["mask"]) for row in rows)
-        loss = torch.zeros((), device=device)
-        for part in common.micro_batches(rows, lengths, budget):
-            batch = common.collate([examples[row] for row in part], device)
+        tokens = sum(sum(examples[i]["mask"]) for i in indices)
+        totals = {}
+        for part in common.micro_batches(indices, lengths, common.token_budget(cfg, device)):
+            batch = common.collate([examples[i] for i in part], device)
             logprobs, _ = policy(batch)  # (b, T), 0 where there is no response token
-            micro_loss = -logprobs.sum() / tokens
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            loss = -logprobs.sum() / tokens
+            loss.backward()
+            common.add_up(totals, 1.0, loss=loss)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        stats = common.read_stats(dict(loss=loss), grad_norm=grad_norm)
+        stats = common.read_stats(totals, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         run.log(("loss", "lr"), lr=lr, tokens=tokens, **stats)
