@@ -1,7 +1,7 @@
 """A real language model on real text, on two CPU cores: a large model's words, a lexicon's reward.
 
     pip install matplotlib vaderSentiment peft
-    python tests/bench_real.py --model SmolLM2-135M-Instruct          # prints its plan and time first
+    python tests/bench_real.py --model SmolLM2-135M-Instruct      # prints its plan and time first
     python tests/bench_real.py --model SmolLM2-135M-Instruct --only hh
 
 sentiment  the first words of film reviews are continued by 16 tokens; the reward is VADER's
@@ -75,7 +75,8 @@ def prompt_files(work):
 def ppo_command(work, model, name, seed, **flags):
     train, _, held_out = prompt_files(work)
     return command(
-        "ppo.py", work / f"{seed}/{name}", policy=model, data=train, eval_data=held_out, **JUDGES,
+        "ppo.py", work / f"{seed}/{name}", policy=model, data=train, eval_data=held_out,
+        **JUDGES,
         lora_rank=8, lr=5e-4, value_lr=1e-3, lr_schedule="constant", steps=STEPS, batch_size=BATCH,
         max_new_tokens=NEW, missing_eos_penalty=0.0, save_every=20, seed=seed, **flags,
     )  # fmt: skip
