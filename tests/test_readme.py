@@ -45,24 +45,22 @@ def test_commands_parse_and_flags_exist(monkeypatch):
     known = {flag for stage in STAGES.values() for flag in vars(stage.Config())}
     assert set(re.findall(r"--(\w+)", README)) <= known | {"only", "nproc_per_node"}
 
-def test_the_reward_function_scores_as_the_reward_model(tmp_path, reward_folder):
-    [text] = blocks("python reward_fn")
-    (tmp_path / "judge.py").write_text(text.replace("out/reward", str(reward_folder)))
-    tokenizer, answers = common.load_tokenizer(reward_folder), ["wait", "Put it into hot water."]
-    scorer = common.load_scorer(reward_folder, "cpu")
-    scores = scorer.last(common.collate([common.encode(tokenizer, "How?", a) for a in answers]))
-    expected = [s + scorer.mean - 0.01 * len(a) for s, a in zip(scores.tolist(), answers)]
-    score = common.function_score(f"{tmp_path / 'judge.py'}:score", tokenizer)
-    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    found = score([dict(prompt="How?")] * 2, ids)
-    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+def test_the_reward_function_likes_kind_words(tmp_path, sft_folder):
+    pytest.importorskip("vaderSentiment")
+    (tmp_path / "sentiment.py").write_text(blocks("python sentiment")[0])
+    tokenizer = common.load_tokenizer(sft_folder)
+    score = common.function_score(f"{tmp_path / 'sentiment.py'}:score", tokenizer)
+    texts = [" is a wonderful, happy film", " is awful"]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kind, unkind = score([dict(prompt="this")] * 2, ids).tolist()
+    assert kind > 0.8 > 0 > -0.4 > unkind >= -1
 
 @pytest.mark.slow  # some ten minutes
 def test_commands_for_the_embedded_world_run_as_they_stand(tmp_path):
     shutil.copytree(ROOT, tmp_path, ignore=lambda *_: ["out", "tests", ".git"], dirs_exist_ok=True)
-    (tmp_path / "judge.py").write_text(blocks("python reward_fn")[0])
+    (tmp_path / "sentiment.py").write_text(blocks("python sentiment")[0])
     commands = f"PATH={os.path.dirname(sys.executable)}:$PATH\n" + "".join(blocks("sh embedded"))
-    commands += "python ppo.py --reward_fn judge.py:score --steps 2 --out out/judged"
+    commands += "python ppo.py --reward_fn sentiment.py:score --steps 2 --out out/judged"
     subprocess.run(["bash", "-exc", commands], cwd=tmp_path, check=True)
     for out in ("sft", "reward", "ppo", "rejection_sample", "sft_on_best", "rso", "dpo", "judged"):
         assert (tmp_path / "out" / out / "eval.json").exists(), out
