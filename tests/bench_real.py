@@ -6,10 +6,10 @@
 
 sentiment  the first words of film reviews are continued by 16 tokens; the reward is VADER's
            sentiment, the gold what people's labels say (tests/sentiment.py): PPO with a value model
-           and with groups of four, three seeds; kl_coef 0.2, 0.05, 0; best-of-N, DPO, RSO
-hh         a reward model on 1,300 human preference pairs of at most 256 tokens (HH-RLHF)
-peer       --advantage group beside TRL's GRPOTrainer with RLOO's advantages (pip install trl): same
-           model, adapters, prompts, reward, answers and tokens, in turns, on two threads
+           and with groups of four, three seeds; kl_coef 0.2 and 0, two; best-of-N, DPO, RSO, one
+hh         a reward model on HH-RLHF's human preference pairs of at most 256 tokens, one epoch
+peer       --advantage group beside TRL's RLOOTrainer (pip install trl): same model, adapters,
+           prompts, reward, answers and tokens, in turns, on two threads
 
 The scripts' own commands, on one thread, two at a time, as in bench_learning.py; finished runs are
 not run again. Tables go to tests/results/8_real.md, the picture to 8_real.svg.
@@ -45,18 +45,17 @@ import rejection_sample
 import sentiment
 
 SHARED = sentiment.DATA
-SEEDS = (0, 1, 2)
 JUDGES = dict(reward_fn="tests/sentiment.py:vader", gold_fn="tests/sentiment.py:gold")
 STEPS, BATCH, NEW = 60, 16, 16  # PPO steps, episodes a step, tokens an answer
-PPO = dict(
-    gae=("PPO, value model, kl_coef 0.05", dict(kl_coef=0.05)),
-    group=("PPO, group of 4, kl_coef 0.05", dict(kl_coef=0.05, advantage="group")),
-    kl_0=("PPO, value model, kl_coef 0", dict(kl_coef=0.0)),
-    kl_02=("PPO, value model, kl_coef 0.2", dict(kl_coef=0.2)),
+PPO = dict(  # folder: what it is, seeds, flags
+    gae=("PPO, value model, kl_coef 0.05", 3, dict(kl_coef=0.05)),
+    group=("PPO, group of 4, kl_coef 0.05", 3, dict(kl_coef=0.05, advantage="group")),
+    kl_02=("PPO, value model, kl_coef 0.2", 2, dict(kl_coef=0.2)),
+    kl_0=("PPO, value model, kl_coef 0", 2, dict(kl_coef=0.0)),
 )
 PREFERENCE = dict(
-    dpo=("DPO, best against worst of 16", dict(epochs=2)),
-    rso=("DPO, RSO's 8 of 16", dict(method="rso", epochs=0.5)),
+    dpo=("DPO, best against worst of 16", 1, dict(epochs=2)),
+    rso=("DPO, RSO's 8 of 16", 1, dict(method="rso", epochs=0.5)),
 )
 PROMPTS = 300  # that DPO and RSO see, 16 answers each; PPO sees 960 answers
 
@@ -66,6 +65,7 @@ def prompt_files(work):
     with gzip.open(SHARED / "rt_polarity_prompts.jsonl.gz", "rt", encoding="utf-8") as file:
         lines = file.readlines()
     random.Random(0).shuffle(lines)
+    work.mkdir(parents=True, exist_ok=True)
     parts = dict(eval=lines[:200], train=lines[200:], few=lines[200 : 200 + PROMPTS])
     for name, some in parts.items():
         common.write_jsonl(work / f"{name}.jsonl", map(json.loads, some))
@@ -86,10 +86,10 @@ def plan_sentiment(work, model):
     _, few, held_out = prompt_files(work)
     wave = [
         ppo_command(work, model, name, seed, **flags)
-        for name, (_, flags) in PPO.items()
-        for seed in SEEDS
+        for name, (_, seeds, flags) in PPO.items()
+        for seed in range(seeds)
     ]
-    for name, (_, flags) in PREFERENCE.items():
+    for name, (_, _, flags) in PREFERENCE.items():
         wave.append(command(
             "rejection_sample.py", work / f"0/{name}", policy=model, data=few, eval_data=held_out,
             **JUDGES, lora_rank=8, lr=5e-4, beta=0.1, n=16, batch_size=16, max_new_tokens=NEW,
@@ -129,6 +129,12 @@ def judged(prompts, texts, kl):
     )
 
 
+def finished(work, name):
+    """The runs of that name, of all seeds."""
+    outs = [work / f"{seed}/{name}" for seed in range((PPO | PREFERENCE)[name][1])]
+    return [out for out in outs if results_of(out)]
+
+
 def answers(out, name="after"):
     rows = common.read_jsonl(out / "samples.jsonl")
     return [row["prompt"] for row in rows], [row[name] for row in rows]
@@ -156,14 +162,11 @@ def best_of_n(out):
 
 def report_sentiment(work):
     found = best_of_n(work / "0/dpo")
-    found = {f"{name}: the model before" if name == "best of 1" else name: points
-             for name, points in found.items()}  # fmt: skip
-    for name, (title, _) in (PPO | PREFERENCE).items():
-        for seed in SEEDS if name in PPO else SEEDS[:1]:
-            out = work / f"{seed}/{name}"
-            if results := results_of(out):
-                prompts, texts = answers(out)
-                found.setdefault(title, []).append(judged(prompts, texts, results["kl"]))
+    for name, (title, *_) in (PPO | PREFERENCE).items():
+        for out in finished(work, name):
+            prompts, texts = answers(out)
+            kl = results_of(out)["kl"]
+            found.setdefault(title, []).append(judged(prompts, texts, kl))
     cells = lambda points, key, style: " / ".join(format(p[key], style) for p in points)
     rows = [
         [name, cells(points, "vader", ".2f"), cells(points, "gold", ".0%"),
@@ -178,8 +181,7 @@ def report_sentiment(work):
 
 def windows(work, name, size=10):
     """VADER, gold and KL over training, means of `size` steps and all seeds: (windows, 3)."""
-    runs = [work / f"{seed}/{name}" for seed in SEEDS]
-    steps = [metrics_of(out, "score", "gold", "kl") for out in runs if results_of(out)]
+    steps = [metrics_of(out, "score", "gold", "kl") for out in finished(work, name)]
     means = np.mean(steps, axis=0)
     return means[: len(means) // size * size].reshape(-1, size, 3).mean(1)
 
@@ -187,7 +189,7 @@ def windows(work, name, size=10):
 def turns(work):
     """Does gold follow the proxy? Over training, from answers to training prompts."""
     rows = []
-    for name, (title, _) in PPO.items():
+    for name, (title, *_) in PPO.items():
         for i, what in enumerate(("VADER", "gold", "KL, nats")):
             style = (".2f", ".0%", ".1f")[i]
             rows.append([f"{title}: {what}", *(format(x[i], style) for x in windows(work, name))])
@@ -198,25 +200,23 @@ def turns(work):
 def favourites(work):
     """The words that became most frequent, by how many more of the 200 answers hold them."""
     lines = []
-    for name, (title, _) in PPO.items():
-        gained = Counter()
-        for seed in SEEDS:
-            rows = common.read_jsonl(work / f"{seed}/{name}/samples.jsonl")
-            for row in rows:
+    for name, (title, *_) in PPO.items():
+        gained, n = Counter(), 0
+        for out in finished(work, name):
+            for row in common.read_jsonl(out / "samples.jsonl"):
                 gained.update(set(words(row["after"])))
                 gained.subtract(set(words(row["before"])))
-        top = ", ".join(f"{word} +{n}" for word, n in gained.most_common(12))
+                n += 1
+        top = ", ".join(f"{word} {count / n:+.0%}" for word, count in gained.most_common(12))
         lines.append(f"- {title}: {top}")
-    return f"Words in more of the {200 * len(SEEDS)} answers than before:\n\n" + "\n".join(lines)
+    return "Words in more of the held-out answers than before:\n\n" + "\n".join(lines)
 
 
 def draw(work, found):
     figure, axes = picture("8_real", 2)
     best = [points[0] for name, points in found.items() if name.startswith("best of")]
-    titles = {title for title, _ in (PPO | PREFERENCE).values()}
-    colours = dict(zip(titles & found.keys(), []))
-    palette = ["tab:blue", "tab:cyan", "tab:red", "tab:green", "tab:purple", "tab:brown"]
-    colours = dict(zip([t for t, _ in (PPO | PREFERENCE).values()], palette))
+    palette = ["tab:blue", "tab:cyan", "tab:green", "tab:red", "tab:purple", "tab:brown"]
+    colours = dict(zip([title for title, *_ in (PPO | PREFERENCE).values()], palette))
     for axis, key, column, scale in zip(axes, ("vader", "gold"), (0, 1), (1, 100)):
         axis.plot([p["kl"] for p in best], [p[key] * scale for p in best], "o-", ms=4,
                   color="tab:orange", label="best of 1, 2, 4, 8, 16")  # fmt: skip
@@ -224,7 +224,7 @@ def draw(work, found):
             points = found.get(title, [])
             axis.plot([p["kl"] for p in points], [p[key] * scale for p in points], "o", ms=5,
                       color=colour, label=title)  # fmt: skip
-        for name, (title, _) in PPO.items():
+        for name, (title, *_) in PPO.items():
             curve = windows(work, name)
             axis.plot(curve[:, 2], curve[:, column] * scale, lw=1, color=colours[title])
         axis.set(xlabel="KL to the model before, nats an answer")
@@ -256,9 +256,7 @@ def peer(work, model, steps=12):
     lines = []
     for turn in (1, 2):
         out = work / f"peer/{turn}"
-        ours = ppo_command(
-            out, model, "ours", turn, kl_coef=0.05, advantage="group"
-        )  # fmt: skip
+        ours = ppo_command(out, model, "ours", turn, kl_coef=0.05, advantage="group")
         ours[ours.index("--steps") + 1] = str(steps)
         theirs = [
             sys.executable, str(ROOT / "tests/peer_trl.py"), "--model", model, "--data",
