@@ -1525,10 +1525,9 @@ class Run:
         self.metrics.flush()
         self.bar.set_postfix({name: row[name] for name in show}, refresh=False)
         start = time.perf_counter()
-        if start > self.report_due:
+        if start > self.report_due:  # at most a fiftieth of the run's time goes into the page
             self.write_report()
-            took = time.perf_counter() - start
-            self.report_due = start + max(5, 50 * took)  # at most a fiftieth of the run's time
+            self.report_due = start + max(5, 50 * (time.perf_counter() - start))
 
     def write_report(self, results=None):
         """report.html: the template in data/ with what is known so far put in."""
@@ -1687,6 +1686,7 @@ def command_line(config_class, main, doc):
     cfg = config_class(**vars(parser.parse_args()))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # of one library about another's names
     silent = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
     output = Output(open(os.devnull, "w") if silent else sys.stdout)
     try:

@@ -21,8 +21,8 @@ log N - (N-1)/N, less where answers tie. So all of them have a place on one axis
 against KL, beside PPO.
 
 Where this departs from the papers:
-    1 An answer cut at the length limit pays --missing_eos_penalty, as in ppo.py, and only ever
-      loses: it is in no sft.jsonl, and in dpo.jsonl only as the rejected one.
+    1 An answer cut at the length limit is in no sft.jsonl. It pays --missing_eos_penalty, as in
+      ppo.py, and in dpo.jsonl it only ever loses, unless that penalty is 0.
     2 RSO visits the answers in random order, so that it does not matter how they are listed.
     3 Answers of equal reward, such as the same one twice, make no pair.
 """
@@ -196,18 +196,20 @@ def sample_candidates(run, name, sampler, score, prompts, cfg):
 
 # 2 Select
 
-def best_index(rewards, ended):
-    """Best-of-N among the answers that ended, if any did."""
-    rewards, ended = torch.tensor(rewards), torch.tensor(ended)
-    if ended.any():
+def best_index(group, cfg):
+    """The best of a prompt's answers. One that was cut only where none ended, or where that is no
+    fault: without --missing_eos_penalty.
+    """
+    rewards, ended = torch.tensor(group["rewards"]), torch.tensor(group["ended"])
+    if cfg.missing_eos_penalty and ended.any():
         rewards = rewards.masked_fill(~ended, -torch.inf)
     return int(best_of_n(rewards[None]))
 
-def choose_pairs(rewards, ended, number, cfg):
-    """Pairs (winner, loser) of one prompt's answers; a cut answer never wins."""
-    pairs = []
+def choose_pairs(group, number, cfg):
+    """Pairs (winner, loser) of a prompt's answers. Where it is a fault, no cut answer wins."""
+    rewards, ended, pairs = group["rewards"], group["ended"], []
     if cfg.method == "best_of_n":
-        best, worst = best_index(rewards, ended), rewards.index(min(rewards))
+        best, worst = best_index(group, cfg), rewards.index(min(rewards))
         if rewards[best] > rewards[worst]:
             pairs = [(best, worst)]
     else:
@@ -215,21 +217,23 @@ def choose_pairs(rewards, ended, number, cfg):
         accepted = statistical_rejection(rewards, cfg.num_samples, cfg.rso_beta, rng)
         ranked = rank_pairs([rewards[i] for i in accepted], cfg.rank)
         pairs = [(accepted[winner], accepted[loser]) for winner, loser in ranked]
-    return [(winner, loser) for winner, loser in pairs if ended[winner]]
+    if cfg.missing_eos_penalty:
+        pairs = [(winner, loser) for winner, loser in pairs if ended[winner]]
+    return pairs
 
 def select(run, prompts, candidates, tokenizer, cfg):
     """Write sft.jsonl and dpo.jsonl; returns the pairs as examples, chosen first."""
     demonstrations, preferences, pairs = [], [], []
     for number, (prompt, group) in enumerate(zip(prompts, candidates)):
         line = {key: prompt[key] for key in ("prompt", "tools") if key in prompt}
-        rewards, ended, responses = group["rewards"], group["ended"], group["responses"]
+        responses = group["responses"]
         texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
         if not isinstance(prompt["prompt"], str):
             texts = [[dict(role="assistant", content=text)] for text in texts]
-        best = best_index(rewards, ended)
-        if ended[best]:
+        best = best_index(group, cfg)
+        if group["ended"][best]:
             demonstrations.append(line | dict(completion=texts[best]))
-        for winner, loser in choose_pairs(rewards, ended, number, cfg):
+        for winner, loser in choose_pairs(group, number, cfg):
             if texts[winner] != texts[loser]:  # they may differ in token ids alone
                 preferences.append(line | dict(chosen=texts[winner], rejected=texts[loser]))
                 pair = [responses[winner], responses[loser]]
@@ -273,9 +277,9 @@ def held_out_accuracy(policy, ref, pairs, cfg):
 
 # Looking at what it does
 
-def judge_best(prompts, candidates, gold, tokenizer):
+def judge_best(prompts, candidates, gold, tokenizer, cfg):
     """Best-of-N on held-out prompts, as `common.answer_prompts` gives a policy's answers."""
-    best = [(group, best_index(group["rewards"], group["ended"])) for group in candidates]
+    best = [(group, best_index(group, cfg)) for group in candidates]
     responses = [group["responses"][i] for group, i in best]
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
@@ -286,8 +290,7 @@ def judge_best(prompts, candidates, gold, tokenizer):
 
 def answer(cfg, device):
     """Answer --prompt, or each line of stdin, N times; print the answers, best first."""
-    frozen = common.frozen_dtype(device)
-    policy = common.load_policy(cfg.policy, device, frozen)
+    policy = common.load_policy(cfg.policy, device, common.frozen_dtype(device))
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.prepare(policy.requires_grad_(False), cfg)
     score, _ = common.load_score(cfg, policy, tokenizer)
@@ -309,7 +312,11 @@ def answer(cfg, device):
             print(f"{found['scores'][i]:8.2f}  {said}")
         sys.stdout.flush()
 
-def check(cfg):
+def main(cfg):
+    cfg = replace(cfg, n=cfg.n or (64 if cfg.method == "rso" else 8))
+    if not cfg.pairs:
+        cfg = replace(cfg, reward=cfg.reward or "out/reward")
+    device = common.choose_device(cfg.device)
     if cfg.method == "rso" and cfg.num_samples >= cfg.n and not (cfg.pairs or cfg.prompt):
         why = f"of {cfg.n} answers (--n) none would be rejected"
         raise common.UserError(f"--num_samples {cfg.num_samples}: {why}")
@@ -319,13 +326,6 @@ def check(cfg):
         raise common.UserError("--pairs trains on pairs: it goes with no --loss none, no --prompt")
     if cfg.prompt and common.world_size() > 1:
         raise common.UserError("--prompt: in one process, without torchrun")
-
-def main(cfg):
-    cfg = replace(cfg, n=cfg.n or (64 if cfg.method == "rso" else 8))
-    if not cfg.pairs:
-        cfg = replace(cfg, reward=cfg.reward or "out/reward")
-    device = common.choose_device(cfg.device)
-    check(cfg)
     if cfg.prompt:
         common.make_missing_stages(cfg)
         answer(cfg, device)
@@ -374,7 +374,7 @@ def main(cfg):
         # 2. Select; and best-of-N, judged on held-out prompts.
         pairs = select(run, prompts, candidates, tokenizer, cfg)
         best = sample_candidates(run, "eval_candidates", sampler, score, eval_prompts, cfg)
-        answers["best_of_n"] = judge_best(eval_prompts, best, gold, tokenizer)
+        answers["best_of_n"] = judge_best(eval_prompts, best, gold, tokenizer, cfg)
         results["kl_best_of_n"] = best_of_n_kl(cfg.n)  # at most
     sampler.close()  # the training needs the memory
 

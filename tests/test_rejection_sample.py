@@ -210,16 +210,18 @@ def test_pairs_are_two_texts_and_the_better_one_ended(tmp_path, data, policy_fol
         candidate(([], Y, 5.0), (sea, Y, 3.0), (boat, Y, 1.0)),
         candidate((sea, Y, 3.0), (sea, N, 2.0), (sea, Y, 3.0)),  # the same text wins and loses
         candidate((sea, Y, 3.0), (boat, N, 9.0), (boat, Y, 1.0)),  # cut, so not the best
-        candidate((sea, N, 3.0), (boat, N, 9.0), (boat, N, 1.0)),  # none ended
+        candidate((sea, N, 3.0), (boat, N, 9.0), (sea, N, 1.0)),  # none ended
     ]
     line = dict(prompt="a", tools=[dict(name="row")])
     prompts = [line | dict(ids=a, where="f:1", kind="x")] * 4
     pairs = rs.select(SimpleNamespace(out=tmp_path), prompts, candidates, tokenizer, cfg)
     assert rows_of(cfg.out, "sft") == [line | dict(completion=text) for text in ("", "sea", "sea")]
-    wins = [line | dict(chosen=text, rejected="boat") for text in ("", "sea")]
-    assert rows_of(cfg.out, "dpo") == wins
+    assert rows_of(cfg.out, "dpo") == [line | dict(chosen=t, rejected="boat") for t in ("", "sea")]
     # Read back as anybody's pairs the file is the same: here the text tokenises to the same ids.
     assert rs.load_pairs(common.read_jsonl(f"{cfg.out}/dpo.jsonl"), tokenizer, (), 99) == pairs
+    cfg = replace(cfg, missing_eos_penalty=0)  # who needs no end lets a cut answer win
+    rs.select(SimpleNamespace(out=tmp_path), prompts[3:], candidates[3:], tokenizer, cfg)
+    assert rows_of(cfg.out, "dpo") == [line | dict(chosen="boat", rejected="sea")]
 
 @pytest.mark.parametrize("line", [b"garbage", b"", b"\xff\xfe", b"[1]", b'{"a": 1}', "others"])
 def test_candidates_that_this_run_did_not_write_are_refused(tmp_path, best_of_n_run, line):
