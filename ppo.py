@@ -53,14 +53,14 @@ class Config(common.Settings):
     gold_fn: str = flag("", "file.py:function that judges answers in evaluation")
     max_prompt_tokens: int = flag(512, "longer prompts are left out", over=0)
     # 1 sample
-    steps: int = flag(56, "PPO steps", over=0)
+    steps: int = flag(60, "PPO steps", over=0)
     batch_size: int = flag(128, "episodes a step", over=0)
     max_new_tokens: int = flag(48, "longest response, tokens", over=0)
     temperature: float = flag(1.0, "in sampling and in every log-prob", over=0)
     slots: int = flag(256, "sequences generated at once", over=0)
     # 2 score
     missing_eos_penalty: float = flag(1.0, "off the score of a cut response", least=0)
-    kl_coef: float = flag(0.45, "reward lost per nat from the reference; often 0.05", least=0)
+    kl_coef: float = flag(0.4, "reward lost per nat from the reference; often 0.05", least=0)
     kl_target: float = flag(0.0, "adapt kl_coef to this, nats a response; 0: no", least=0)
     kl_horizon: int = flag(10000, "episodes over which kl_coef adapts", over=0)
     # 3 advantages

@@ -183,7 +183,7 @@ def windows(work, name, size=10):
     """VADER, gold and KL over training, means of `size` steps and all seeds: (windows, 3)."""
     steps = [metrics_of(out, "score", "gold", "kl") for out in finished(work, name)]
     means = np.mean(steps, axis=0)
-    return means[: len(means) // size * size].reshape(-1, size, 3).mean(1)
+    return means.reshape(-1, size, 3).mean(1)
 
 
 def turns(work):
