@@ -76,7 +76,7 @@ class Config(common.Settings):
     lr: float = flag(1e-3, "policy's peak rate; about 3e-6 for a real model", over=0)
     value_lr: float = flag(1e-3, "value model's; about 1e-5 for a real one", over=0)
     value_warmup: int = flag(0, "first steps, in which only the value model learns", least=0)
-    warmup: int = flag(5, "PPO steps of linear warm-up", least=0)
+    warmup: int = flag(5, "PPO steps of linear warm-up, at most half of all", least=0)
     cliprange: float = flag(0.2, "clip: eps of the ratio", over=0, most=1)
     cliprange_value: float = flag(0.2, "how far a value may move in a step", over=0)
     beta: float = flag(1.0, "kl: the first weight of KL(pi_old, pi)", over=0)
@@ -119,7 +119,7 @@ def policy_loss(
     """The policy's loss, minus the objective (8.20), (8.21) or (8.8), as a mean over real tokens.
 
     Returns (loss, stats): approx_kl = KL(pi_old, pi) by the estimator (rho - 1) - log rho of
-    Schulman (2020), non-negative; clipfrac, the share of tokens whose gradient the clip cut off;
+    Schulman (2020), non-negative; clipfrac, the share of tokens whose gradient the clip cuts off, or would;
     ratio, the mean of rho.
     """
     logratio = (logprobs - old_logprobs) * mask

@@ -69,7 +69,7 @@ class Config(common.Settings):
     steps: int = flag(0, "cap on the optimiser steps; 0: none", least=0)
     batch_size: int = flag(32, "pairs per optimiser step", over=0)
     lr: float = flag(5e-4, "peak rate; about 1e-6 for a real model", over=0)
-    warmup: int = flag(5, "optimiser steps of linear warm-up", least=0)
+    warmup: int = flag(5, "steps of linear warm-up, at most half of all", least=0)
     max_length: int = flag(1024, "tokens; longer --pairs are left out", over=1)
     out: str = flag("out/rejection_sample", "folder of the run")
 

@@ -41,7 +41,7 @@ class Config(common.Settings):
     steps: int = flag(0, "cap on the optimiser steps; 0: none", least=0)
     batch_size: int = flag(32, "judgements per optimiser step", over=0)
     lr: float = flag(7e-4, "peak rate; about 2e-5 for a real model", over=0)
-    warmup: int = flag(10, "optimiser steps of linear warm-up", least=0)
+    warmup: int = flag(10, "steps of linear warm-up, at most half of all", least=0)
     out: str = flag("out/reward", "folder of the run")
 
 # The three losses of the lecture: pure functions

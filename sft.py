@@ -34,8 +34,8 @@ class Config(common.Settings):
     epochs: float = flag(2.0, "passes over the data", over=0)
     steps: int = flag(0, "cap on the optimiser steps; 0: none", least=0)
     batch_size: int = flag(32, "demonstrations per optimiser step", over=0)
-    lr: float = flag(5e-3, "peak rate; about 1e-5 for a real model", over=0)
-    warmup: int = flag(20, "optimiser steps of linear warm-up", least=0)
+    lr: float = flag(5e-3, "peak rate; 1e-3 from out/sft on; about 1e-5 for a real model", over=0)
+    warmup: int = flag(20, "steps of linear warm-up, at most half of all", least=0)
     out: str = flag("out/sft", "folder of the run")
 
 def texts_of(rows):
