@@ -119,8 +119,8 @@ def policy_loss(
     """The policy's loss, minus the objective (8.20), (8.21) or (8.8), as a mean over real tokens.
 
     Returns (loss, stats): approx_kl = KL(pi_old, pi) by the estimator (rho - 1) - log rho of
-    Schulman (2020), non-negative; clipfrac, the share of tokens whose gradient the clip cuts off, or would;
-    ratio, the mean of rho.
+    Schulman (2020), non-negative; clipfrac, the share of tokens whose gradient the clip cuts off
+    (or would, with another objective); ratio, the mean of rho.
     """
     logratio = (logprobs - old_logprobs) * mask
     ratio = logratio.exp()
