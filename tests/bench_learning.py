@@ -309,18 +309,18 @@ def plan_frontier(work, seeds):
     return waves
 
 
-def judge(folder, ref, device, prompts, cfg):
-    """eval.json's means, among them score, gold and KL to `ref`, of a policy that no script
-    evaluated: as the scripts do it. `cfg` says the reward model, seed and lengths.
+def judge(folder, ref, device, prompts, cfg, answers=1):
+    """eval.json's means, among them score, gold and KL to `ref`, of so many answers a prompt by a
+    policy, found as the scripts do it. `cfg` says the reward model, seed and lengths.
     """
-    done = folder / "judged.json"
+    done = folder / (f"judged_{answers}.json" if answers > 1 else "judged.json")
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
     policy, ref = common.load_policy(folder, device), common.load_policy(ref, device)
     tokenizer = common.load_tokenizer(folder, policy.lm)
     score, _ = common.load_score(cfg, policy, tokenizer)
     gold = common.load_gold(cfg, prompts, tokenizer)
-    rows = common.load_prompts(common.read_jsonl(prompts), tokenizer, cfg, policy)
+    rows = common.load_prompts(common.read_jsonl(prompts), tokenizer, cfg, policy) * answers
     eos = common.stop_ids(policy.lm, tokenizer)
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     sampler = common.Sampler(
@@ -670,7 +670,15 @@ def report_factors(work, seeds):
 
 
 def report_fresh(work, seeds):
-    return report_seeds(work, seeds).replace("clip at its defaults", "The defaults on fresh seeds")
+    """With eight answers a prompt, too, whose mean is a third as uncertain."""
+    text = report_seeds(work, seeds).replace("clip at its defaults", "The defaults on fresh seeds")
+    rows, device, prompts = [], torch.device("cpu"), DATA / "eval_prompts.jsonl"
+    for seed in seeds:
+        start = start_of(work, seed)
+        cfg = rejection_sample.Config(reward=str(start["reward"]), seed=seed, device="cpu")
+        found = judge(work / f"{seed}/ppo", start["policy"], device, prompts, cfg, answers=8)
+        rows.append([seed, f"{100 * found['gold_after']:.1f}", f"{found['kl']:.2f}"])
+    return text + "\n" + table(["seed", "good of eight answers a prompt, %", "KL, nats"], rows)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def report_hh(work):
     )
 
 
-def peer(work, model, steps=12):
+def peer(work, model, steps=8):
     """In turns, two of each on two threads: a run of ours, one of TRL's."""
     train, *_ = prompt_files(work)
     env = dict(os.environ, OMP_NUM_THREADS="2")
