@@ -6,7 +6,7 @@
 
 sentiment  the first words of film reviews are continued by 16 tokens; the reward is VADER's
            sentiment, the gold what people's labels say (tests/sentiment.py): PPO with a value model
-           and with groups of four, three seeds; kl_coef 0.2 and 0, two; best-of-N, DPO, RSO, one
+           and with groups of four, three seeds; kl_coef 0.2 and 0, best-of-N, DPO, RSO, one
 hh         a reward model on HH-RLHF's human preference pairs of at most 256 tokens, one epoch
 peer       --advantage group beside TRL's RLOOTrainer (pip install trl): same model, adapters,
            prompts, reward, answers and tokens, in turns, on two threads
@@ -50,8 +50,8 @@ STEPS, BATCH, NEW = 60, 16, 16  # PPO steps, episodes a step, tokens an answer
 PPO = dict(  # folder: what it is, seeds, flags
     gae=("PPO, value model, kl_coef 0.05", 3, dict(kl_coef=0.05)),
     group=("PPO, group of 4, kl_coef 0.05", 3, dict(kl_coef=0.05, advantage="group")),
-    kl_02=("PPO, value model, kl_coef 0.2", 2, dict(kl_coef=0.2)),
-    kl_0=("PPO, value model, kl_coef 0", 2, dict(kl_coef=0.0)),
+    kl_02=("PPO, value model, kl_coef 0.2", 1, dict(kl_coef=0.2)),
+    kl_0=("PPO, value model, kl_coef 0", 1, dict(kl_coef=0.0)),
 )
 PREFERENCE = dict(
     dpo=("DPO, best against worst of 16", 1, dict(epochs=2)),
