@@ -334,10 +334,18 @@ def judge(folder, ref, device, prompts, cfg, answers=1):
     return results
 
 
+def best_of_groups(rewards, n):
+    """Of N answers to each prompt, the best of every n: indices (P, N // n) for rewards (P, N). All
+    groups of n count, so that a small n is not noisy.
+    """
+    P, N = rewards.shape
+    groups = rewards[:, : N // n * n].reshape(P, -1, n)
+    return groups.argmax(-1) + n * torch.arange(groups.shape[1])
+
+
 def best_of_n_curve(folder, tokenizer):
     """Best-of-n for n = 1, 2, 4, ... from a run's answers to the held-out prompts: dicts of n, the
-    bound of the KL, mean score and share of good answers. All groups of n count, so that a small n
-    is not noisy.
+    bound of the KL, mean score and share of good answers.
     """
     candidates = common.read_jsonl(folder / "eval_candidates.jsonl")
     rewards, scores, ended = (
@@ -348,16 +356,13 @@ def best_of_n_curve(folder, tokenizer):
     judge_gold = common.function_score(f"{DATA / 'hhh.py'}:gold_score", tokenizer)
     asked, said = map(list, zip(*answers))
     gold = judge_gold(asked, said).view_as(scores)
-    curve, N = [], rewards.shape[1]
-    for n in (2**i for i in range(N.bit_length())):
-        r, e, s, g = (
-            x[:, : N // n * n].reshape(-1, n) for x in (rewards, ended, scores, gold)
-        )  # of each group of n
-        r = r.masked_fill(~e & e.any(1, keepdim=True), -torch.inf)  # the cut ones only ever lose
-        best = rejection_sample.best_of_n(r)[:, None]
-        good = (g.gather(1, best) >= 0.5).float().mean().item()
+    ranked = rewards.double() - 1e6 * ~ended  # the cut ones lose to any that ended
+    curve = []
+    for n in (2**i for i in range(rewards.shape[1].bit_length())):
+        best = best_of_groups(ranked, n)
+        good = (gold.gather(1, best) >= 0.5).float().mean().item()
         point = dict(n=n, kl=rejection_sample.best_of_n_kl(n), gold_after=good)
-        curve.append(point | dict(score_after=s.gather(1, best).mean().item()))
+        curve.append(point | dict(score_after=scores.gather(1, best).mean().item()))
     return curve
 
 

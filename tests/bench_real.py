@@ -28,9 +28,11 @@ from pathlib import Path
 
 import bench_learning
 import numpy as np
+import torch
 from bench_learning import (
     RESULTS,
     ROOT,
+    best_of_groups,
     command,
     metrics_of,
     picture,
@@ -72,20 +74,19 @@ def prompt_files(work):
     return [work / f"{name}.jsonl" for name in ("train", "few", "eval")]
 
 
-def ppo_command(work, model, name, seed, **flags):
-    train, _, held_out = prompt_files(work)
+def ppo_command(out, files, model, seed, **flags):
+    train, _, held_out = files
     return command(
-        "ppo.py", work / f"{seed}/{name}", policy=model, data=train, eval_data=held_out,
-        **JUDGES,
-        lora_rank=8, lr=5e-4, value_lr=1e-3, lr_schedule="constant", steps=STEPS, batch_size=BATCH,
-        max_new_tokens=NEW, missing_eos_penalty=0.0, save_every=20, seed=seed, **flags,
+        "ppo.py", out, policy=model, data=train, eval_data=held_out, **JUDGES, lora_rank=8,
+        lr=5e-4, value_lr=1e-3, lr_schedule="constant", batch_size=BATCH, max_new_tokens=NEW,
+        missing_eos_penalty=0.0, save_every=20, seed=seed, **dict(steps=STEPS) | flags,
     )  # fmt: skip
 
 
-def plan_sentiment(work, model):
-    _, few, held_out = prompt_files(work)
+def plan_sentiment(work, files, model):
+    _, few, held_out = files
     wave = [
-        ppo_command(work, model, name, seed, **flags)
+        ppo_command(work / f"{seed}/{name}", files, model, seed, **flags)
         for name, (_, seeds, flags) in PPO.items()
         for seed in range(seeds)
     ]
@@ -144,13 +145,12 @@ def best_of_n(out):
     """Best-of-n by VADER for n = 1, 2, ... 16, from sixteen answers to each held-out prompt."""
     rows = common.read_jsonl(out / "eval_candidates.jsonl")
     prompts = [row["prompt"] for row in rows]
-    rewards = np.array([row["rewards"] for row in rows])
+    rewards = torch.tensor([row["rewards"] for row in rows])
     tokenizer = common.load_tokenizer(json.loads((out / "run.json").read_text())["policy"])
     found = {}
     for n in (1, 2, 4, 8, 16):
         points = []
-        for start in range(0, 16, n):  # each group of n counts
-            best = start + rewards[:, start : start + n].argmax(1)
+        for best in best_of_groups(rewards, n).T:
             texts = [
                 tokenizer.decode(row["responses"][i], skip_special_tokens=True)
                 for row, i in zip(rows, best)
@@ -249,24 +249,23 @@ def report_hh(work):
     )
 
 
-def peer(work, model, steps=8):
+def peer(work, files, model, steps=8):
     """In turns, two of each on two threads: a run of ours, one of TRL's."""
-    train, *_ = prompt_files(work)
     env = dict(os.environ, OMP_NUM_THREADS="2")
     lines = []
     for turn in (1, 2):
         out = work / f"peer/{turn}"
-        ours = ppo_command(out, model, "ours", turn, kl_coef=0.05, advantage="group")
-        ours[ours.index("--steps") + 1] = str(steps)
+        flags = dict(kl_coef=0.05, advantage="group", steps=steps)
+        ours = ppo_command(out / "ours", files, model, turn, **flags)
         theirs = [
             sys.executable, str(ROOT / "tests/peer_trl.py"), "--model", model, "--data",
-            str(train), "--out", str(out / "theirs"), "--steps", str(steps), "--seed", str(turn),
+            str(files[0]), "--out", str(out / "theirs"), "--steps", str(steps), "--seed", str(turn),
         ]  # fmt: skip
-        if not results_of(out / f"{turn}/ours"):
+        if not results_of(out / "ours"):
             subprocess.run(ours, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
         if not (out / "theirs/steps.json").exists():
             subprocess.run(theirs, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
-        seconds, score = metrics_of(out / f"{turn}/ours", "seconds", "score").T
+        seconds, score = metrics_of(out / "ours", "seconds", "score").T
         own = json.loads((out / "theirs/steps.json").read_text())
         for who, s, r in (("ours", seconds, score), ("TRL", own["seconds"], own["reward"])):
             half = len(s) // 2
@@ -285,7 +284,8 @@ def main():
     work, parts = args.work.resolve(), args.only.split(",")
     model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     bench_learning.SECONDS |= {"ppo.py": 900, "rejection_sample.py": 900, "reward.py": 2400}
-    wave = plan_sentiment(work, model) if "sentiment" in parts else []
+    files = prompt_files(work)
+    wave = plan_sentiment(work, files, model) if "sentiment" in parts else []
     run_all([wave + (plan_hh(work, model) if "hh" in parts else [])])
     text = ""
     if "sentiment" in parts:
@@ -293,7 +293,7 @@ def main():
     if "hh" in parts:
         text += "## HH-RLHF\n\n" + report_hh(work) + "\n"
     if "peer" in parts:
-        text += "## Beside TRL\n\n" + peer(work, model)
+        text += "## Beside TRL\n\n" + peer(work, files, model)
     print(text)
     (RESULTS / "8_real.md").write_text(text, encoding="utf-8")
 
