@@ -50,19 +50,19 @@ class UserError(Exception):
     """A mistake of the user's, told in one line; the command line turns it into exit code 2."""
 
 @contextmanager
-def reading(what, *more):
+def reading(what, *more, error=UserError):
     """Around what the user brings (a file, a model, a template, a function): turns any exception,
-    and those of `more`, into a UserError that begins with `what`; for a script, with the line.
+    and those of `more`, into an `error` that begins with `what`; for a script, with the line.
     """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (Exception, *more) as error:
-        calls = traceback.extract_tb(error.__traceback__)
+    except (Exception, *more) as problem:
+        calls = traceback.extract_tb(problem.__traceback__)
         lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]
-        message = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        raise UserError(f"{what}{''.join(lines[-1:])}: {message}") from error
+        message = f"{type(problem).__name__}: {problem}".strip().partition("\n")[0]
+        raise error(f"{what}{''.join(lines[-1:])}: {message}") from problem
 
 # ------------------------------------------------------------------------------ log-probs and GAE
 
@@ -152,29 +152,22 @@ def micro_batches(rows, lengths, max_tokens):
     return [*parts, part]
 
 @torch.no_grad()
-def per_sequence(function, examples, cfg, device):
-    """function(batch) -> (b,) over all examples, by micro-batches: (B,) on the host."""
+def evaluate(function, examples, cfg, device):
+    """function(batch) -> (b, ...) over all examples by micro-batches, each process its share, as
+    one tensor on the host; of (b, t, n), such as n numbers a token, (B, T, n), 0 past the end.
+    """
     n = len(examples)
     examples = examples + examples[:1] * (-n % world_size())  # every process has as many
     lengths = [len(example["ids"]) for example in examples]
-    results = torch.zeros(len(examples))
+    results = None
     for rows in micro_batches(range(len(examples)), lengths, token_budget(cfg, device)):
-        batch = collate([examples[row] for row in rows], device)
-        results[rows] = function(batch).float().cpu()
+        x = function(collate([examples[row] for row in rows], device)).float().cpu()
+        if x.dim() > 1:
+            x = F.pad(x, (0, 0, 0, max(lengths) - x.shape[1]))
+        if results is None:
+            results = torch.zeros(len(examples), *x.shape[1:])
+        results[rows] = x
     return all_sum(results)[:n]
-
-@torch.no_grad()
-def per_token(function, batch, lengths, cfg, device):
-    """function(part) -> dict of (b, t) over the sequences of a batch on the CPU, by micro-batches:
-    a dict of (B, T) on the CPU, 0 off the response.
-    """
-    results = {}
-    for rows in micro_batches(range(len(lengths)), lengths, token_budget(cfg, device)):
-        part = take(batch, rows, device)
-        for key, x in function(part).items():
-            result = results.setdefault(key, torch.zeros_like(batch["mask"]))
-            result[rows, : x.shape[1]] = (x * part["mask"]).cpu()
-    return {key: all_sum(x) for key, x in results.items()}  # each process has read its own rows
 
 def token_budget(cfg, device):
     """Padded tokens a forward may hold. A CPU gains nothing by more, and loses by the padding."""
@@ -323,16 +316,29 @@ def load_model(kind, path, device, dtype, new_head=False):
     """A Hugging Face model with all its weights and no dropout, in train() mode; an adapter's
     folder is merged into its base. Raises UserError.
     """
-    if (Path(path) / "adapter_config.json").exists():
-        lm = load_adapter(kind, path, device, dtype, new_head)
-    else:
-        labels = dict(num_labels=1) if new_head else {}
+    base, adapter = path, None
+    scores = kind == "SequenceClassification" and not new_head  # it is a reward model already
+    with reading(path):
+        if (Path(path) / "adapter_config.json").exists():
+            peft = optional_package("peft", f"{path} is an adapter")
+            adapter = peft.PeftConfig.from_pretrained(path)
+            base = adapter.base_model_name_or_path
+            if scores != (adapter.task_type == "SEQ_CLS"):
+                raise UserError(f"{path}: an adapter ({adapter.task_type}) of another kind")
         # No code of a model's folder ever runs. Misfits are refused below, in one line.
-        safe = dict(trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
-        with reading(path):
-            auto_class = getattr(transformers, f"AutoModelFor{kind}")
-            lm, found = auto_class.from_pretrained(path, dtype=dtype, **safe, **labels)
-        refuse_misfits(kind, path, lm, found, new_head)
+        how = dict(trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
+        if kind == "SequenceClassification" and (new_head or adapter):
+            how["num_labels"] = 1
+        auto_class = getattr(transformers, f"AutoModelFor{kind}")
+        lm, found = auto_class.from_pretrained(base, dtype=dtype, **how)
+    refuse_misfits(base, lm, found, scores and not adapter, new_head or adapter)
+    if adapter:
+        with reading(path), warnings.catch_warnings():
+            adapter.task_type = None  # or peft would look for what only a causal model has
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
+        lm.config.architectures = [type(lm).__name__]
+        lm.requires_grad_(True)  # peft leaves it frozen
     broken = [name for name, p in lm.named_parameters() if not p.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {len(broken)} weights not finite, such as {broken[0]}")
@@ -345,42 +351,20 @@ def load_model(kind, path, device, dtype, new_head=False):
                 setattr(module, name, 0.0)
     return lm.to(device).train()
 
-def load_adapter(kind, path, device, dtype, new_head):
-    """The base model of a LoRA adapter that PEFT saved, with the adapter merged into it."""
-    peft = optional_package("peft", f"{path} is an adapter")
-    with reading(path), warnings.catch_warnings():
-        adapter = peft.PeftConfig.from_pretrained(path)
-        scores = adapter.task_type == "SEQ_CLS"
-        if scores != (kind != "CausalLM" and not new_head):
-            needed = "a causal language model" if scores else "a reward model"
-            found = f"an adapter ({adapter.task_type})"
-            raise UserError(f"{path}: {found} where {needed} is needed")
-        # A reward model's adapter brings its head along, on a base that has none.
-        base = adapter.base_model_name_or_path
-        lm = load_model(kind, base, device, dtype, new_head=kind != "CausalLM")
-        adapter.task_type = None  # or peft would look for what only a causal model has
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
-    lm.config.architectures = [type(lm).__name__]
-    return lm.requires_grad_(True)  # peft leaves it frozen
-
-def refuse_misfits(kind, path, lm, found, new_head):
+def refuse_misfits(path, lm, found, scores, new_head):
     """UserError for a model of another kind, and for weights that are missing, of another shape or
     of layers too many, where transformers only warns.
     """
-    architecture = (lm.config.architectures or [""])[0]
-    classifies = "ForSequenceClassification" in architecture
-    if kind == "CausalLM" and classifies:
-        raise UserError(f"{path}: a reward model where a causal language model is needed")
-    if kind != "CausalLM" and not new_head and not (classifies and lm.config.num_labels == 1):
-        raise UserError(f"{path}: {architecture} is no reward model: that needs one label")
-    missing = set(found["missing_keys"])
-    if new_head and "score.weight" not in missing:
-        raise UserError(f"{path}: {architecture} is no causal language model to build on")
+    architecture = (lm.config.architectures or ["a model"])[0]
+    if ("ForSequenceClassification" in architecture) != scores or (
+        scores and lm.config.num_labels != 1
+    ):
+        needed = "a reward model, of one label," if scores else "a causal language model"
+        raise UserError(f"{path}: {architecture}, where {needed} is needed")
     layers = lm.config.get_text_config().num_hidden_layers
     spare = [(re.findall(r"\.(\d+)\.", name), name) for name in found["unexpected_keys"]]
     problems = {
-        "missing": missing - {"score.weight"} if new_head else missing,
+        "missing": set(found["missing_keys"]) - ({"score.weight"} if new_head else set()),
         "of another shape": [name for name, *_ in found["mismatched_keys"]],
         # A spare LM head is fine, a layer that the model lacks is not.
         "of a layer too many": [name for n, name in spare if n and int(n[0]) >= layers],
@@ -875,26 +859,22 @@ def read_split(path, eval_path, embedded_eval):
 
 def read_all(rows, read, max_tokens, what):
     """read(row) -> (item, its length in tokens), of all rows: the items. What is too long or
-    unlearnable is left out; prints how many. UserError if none is left.
+    unlearnable is left out, and counted. UserError if none is left.
     """
-    items, too_long, unlearnable = [], 0, []
+    items, left_out = [], []
     for row in rows:
         try:
             item, length = read(row)
-        except Unlearnable as error:
-            unlearnable.append(error)
-            continue
-        if length <= max_tokens:
+            if length > max_tokens:
+                raise Unlearnable(f"{row['where']}: longer than {max_tokens} tokens")
             items.append(item)
-        else:
-            too_long += 1
-    why = [f"{too_long} longer than {max_tokens} tokens"] if too_long else []
-    why += [f"{len(unlearnable)} such as {unlearnable[0]}"] if unlearnable else []
-    left_out = f"{len(rows) - len(items)} of {len(rows)} {what} left out: {'; '.join(why)}"
-    if not items:
-        raise UserError(left_out)
-    if why:
-        print(left_out)
+        except Unlearnable as why:
+            left_out.append(why)
+    if left_out:
+        message = f"{len(left_out)} of {len(rows)} {what} left out, such as {left_out[0]}"
+        if not items:
+            raise UserError(message)
+        print(message)
     return items
 
 def prompt_and_responses(row):
@@ -911,8 +891,7 @@ def prompt_and_responses(row):
         responses |= {f"responses[{i}]": text for i, text in enumerate(row["responses"])}
     prompts = {name: row[name] for name in ("prompt", "messages") if name in row}
     for name, value in (prompts | responses).items():
-        messages = isinstance(value, list) and all(map(is_message, value))
-        if not messages and not (isinstance(value, str) and name != "messages"):
+        if not is_dialogue(value) and (name == "messages" or not isinstance(value, str)):
             raise UserError(f'{where}: "{name}" is not text, nor a list of chat messages')
     prompt, answers = row.get("prompt"), list(responses.values())
     if "messages" in row and (prompt is None or not answers):
@@ -932,17 +911,12 @@ def prompt_and_responses(row):
         raise UserError(f'{where}: no "prompt", and {found}')
     return prompt, answers
 
-def is_message(turn):
-    """Whether it is a chat message whose content is text, a list of texts, or null."""
-    if not isinstance(turn, dict) or "role" not in turn:
+def is_dialogue(value):
+    """Whether it is a list of chat messages, whose content is text, a list of texts, or null."""
+    try:
+        return isinstance(value, list) and all(turn["role"] + content_of(turn) for turn in value)
+    except (TypeError, KeyError, AttributeError):
         return False
-    content = turn.get("content")
-    if content is None:
-        return "content" in turn or "tool_calls" in turn
-    if isinstance(content, str):
-        return True
-    parts = content if isinstance(content, list) else [None]
-    return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
 
 def shared_length(chosen, rejected):
     """How many characters, or messages, two dialogues share; in text up to the turn in which the
@@ -960,8 +934,10 @@ def shared_length(chosen, rejected):
 
 def content_of(message):
     """The text of a chat message, whose content may be null or a list of parts."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    content = message.get("content") if "tool_calls" in message else message["content"]
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content)
 
 def as_text(prompt):
     """A prompt that may be chat messages."""
@@ -975,20 +951,15 @@ def tokenize(tokenizer, text, where, special=False):
 
 def render(tokenizer, messages, row, **how):
     """Chat messages as text, by the template."""
-    where = row["where"]
     if tokenizer.chat_template is None:
-        raise UserError(f"{where}: chat messages, but the tokenizer has no chat template")
-    tools = row.get("tools")
-    with reading(f'{where}: "tools"'):
+        raise UserError(f"{row['where']}: chat messages, but the tokenizer has no chat template")
+    # It may not know a role, say.
+    with reading(f"{row['where']}: the chat template", error=Unlearnable):
+        tools = row.get("tools") or None
         tools = json.loads(tools) if isinstance(tools, str) else tools
-    how |= dict(tools=tools or None, tokenize=False)
-    # Few templates know what to do with null or a list.
-    messages = [message | dict(content=content_of(message)) for message in messages]
-    try:
-        with reading(f"{where}: the chat template"):
-            return tokenizer.apply_chat_template(messages, **how)
-    except UserError as error:  # a role that it does not know, say
-        raise Unlearnable(str(error)) from error
+        # Few templates know what to do with null or a list.
+        messages = [message | dict(content=content_of(message)) for message in messages]
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
 
 def is_begun(prompt, row):
     """Whether the answer continues the prompt's last message; in `messages` each one is whole."""
@@ -1058,9 +1029,6 @@ def render_turn(tokenizer, prompt, turn, row):
         turn = turn | dict(content=begun + content_of(turn))
     before = render_prompt(tokenizer, prompt, row) if prompt else None
     whole = render(tokenizer, history + [turn], row)
-    if turn.get("tool_calls"):
-        if whole == render(tokenizer, history + [turn | dict(tool_calls=None)], row):
-            raise UserError(f"{row['where']}: the chat template leaves tool calls out")
     if before is None or not whole.startswith(before):
         # No prompt, or one that the template rewrites: all that another answer would share.
         other = dict(role="assistant", content=begun + "\N{REPLACEMENT CHARACTER}")
@@ -1085,23 +1053,23 @@ def load_demonstrations(rows, tokenizer, ends, max_tokens):
     each assistant turn is an example of its own, after the history as the template renders it
     (Qwen3's drops what was thought before).
     """
-    demonstrations = []
+    turns = []
     for row in rows:
         prompt, responses = prompt_and_responses(row)
         pairs = [] if "responses" in row else [(prompt, response) for response in responses[:1]]
         if not pairs and "messages" in row:
-            turns = row["messages"]
-            answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-            pairs = [(turns[:i], turns[i : i + 1]) for i in answers]
+            said = row["messages"]
+            answers = [i for i, message in enumerate(said) if message["role"] == "assistant"]
+            pairs = [(said[:i], said[i : i + 1]) for i in answers]
         if not pairs:
             raise UserError(f"{row['where']}: no completion and no assistant message to learn from")
-        demonstrations += [(*pair, row) for pair in pairs]
+        turns += [row | dict(prompt=before, completion=answer) for before, answer in pairs]
 
-    def read(demonstration):
-        example = encode(tokenizer, *demonstration, ends)
+    def read(row):
+        example = encode(tokenizer, row["prompt"], row["completion"], row, ends)
         return example, len(example["ids"])
 
-    return read_all(demonstrations, read, max_tokens, "demonstrations")
+    return read_all(turns, read, max_tokens, "demonstrations")
 
 def load_prompts(rows, tokenizer, cfg, *models):
     """Rows of any data file -> their prompts, tokenised as `ids`; all else of a row stays with it.
@@ -1204,17 +1172,13 @@ def load_score(cfg, policy, tokenizer, adapters=False):
         if same:
             examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
             with without_adapter(reward):
-                scores = per_sequence(reward.last, examples, cfg, device)
-        else:
-            texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-            cut = [r[-1] not in stops for r in responses]
-            # If its template refuses a prompt, say whose.
-            rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
-            with reading(cfg.reward):
-                scores = text_scores(reward, own, ends, rows, texts, cut, cfg)
-        if not scores.isfinite().all():
-            raise UserError(f"{cfg.reward}: it gives scores that are not finite numbers")
-        return scores
+                return evaluate(reward.last, examples, cfg, device)
+        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+        cut = [r[-1] not in stops for r in responses]
+        # If its template refuses a prompt, say whose.
+        rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
+        with reading(cfg.reward):
+            return text_scores(reward, own, ends, rows, texts, cut, cfg)
 
     return score, reward if same else None
 
@@ -1232,7 +1196,7 @@ def text_scores(reward, tokenizer, ends, prompts, texts, cut, cfg):
             if was_cut and ids[-1] in ends:
                 ids = ids[:-1]
             examples.append(join(ids[:-1], ids[-1:]))  # the score is read at the last token
-        return per_sequence(reward.last, examples, cfg, lm.device)
+        return evaluate(reward.last, examples, cfg, lm.device)
     scores = []
     for row, text in zip(prompts, texts):
         question = row["prompt"]
@@ -1272,7 +1236,7 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
         scores=score(prompts, responses).tolist() if score else [],
         gold=gold(prompts, responses).tolist() if gold else [],
         ended=[r[-1] in sampler.eos_ids for r in responses],
-        kl=per_sequence(kl_of, examples, cfg, policy.lm.device).tolist(),
+        kl=evaluate(kl_of, examples, cfg, policy.lm.device).tolist(),
     )
 
 def compare(prompts, **answers):
@@ -1329,12 +1293,14 @@ class Settings:
     lora_rank: int = flag(0, "train adapters of this rank, by peft; 0: all weights", least=0)
     lora_alpha: float = flag(32.0, "the adapters are scaled by alpha / rank", over=0)
 
+FREE = ("out", "resume", "overwrite", "save_every", "device")  # may change in a resumed run
+
 # What a run writes into its folder. --overwrite removes these, and nothing else.
 OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sft.jsonl dpo.jsonl
     samples.jsonl report.html config.json generation_config.json model.safetensors
     model-*-of-*.safetensors model.safetensors.index.json chat_template.jinja tokenizer.json
     tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json
-    vocab.txt merges.txt spiece.model run.json metrics.jsonl""".split()
+    vocab.txt merges.txt spiece.model""".split()
 
 # A checkpoint holds whole tensors, of what is trained.
 SAVING = states.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -1352,38 +1318,34 @@ class Run:
     def __init__(self, cfg):
         """Raises UserError when the folder is taken and no flag says what to do; writes nothing."""
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.start = self.stop_signal = 0
-        self.asked = math.inf  # when the first signal came
+        self.metrics = None  # the open file
+        self.stop_signal = 0
         self.report_due = 0.0
-        self.metrics = None
         if cfg.resume and cfg.overwrite:
             raise UserError("--resume continues the run, --overwrite replaces it: give one of them")
-        free = ("resume", "overwrite", "save_every", "device")  # to change when a run is resumed
-        self.settings = {key: value for key, value in asdict(cfg).items() if key not in free}
-        sequences = cfg.batch_size // self.settings.get("minibatches", 1)
+        sequences = cfg.batch_size // getattr(cfg, "minibatches", 1)
         if sequences % world_size():
             many = f"{sequences} sequences a step for {world_size()} processes"
             raise UserError(f"--batch_size: {many}, expected a multiple")
-        texts = [f.name for f in fields(cfg) if f.type is str and "choices" not in f.metadata]
-        names = [self.settings[name] for name in texts if name not in ("out", *free)]
-        # Paths that this run reads, among other names; of file.py:function, file.py.
-        self.inputs = [Path(name.rpartition(":")[0] or name) for name in names if name]
-        with reading(f"--out {self.out}"):
-            taken = self.out.exists() and any(p.suffix != ".tmp" for p in self.out.iterdir())
-        if taken:
-            self.check_folder()
+        self.settings = asdict(cfg)
+        self.settings["inputs"] = changed_at(cfg)
+        self.check_folder()
 
     def check_folder(self):
-        """Raises UserError unless the flags allow to resume or replace what is in the folder."""
+        """Raises UserError unless the flags allow to begin, continue or replace a run here."""
         path = self.out / "run.json"
+        with reading(f"--out {self.out}"):
+            names = [p.name for p in self.out.iterdir()] if self.out.exists() else []
+            if all(name == "metrics.jsonl" or name.endswith(".tmp") for name in names):
+                return
         with reading(path):
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if not isinstance(before, dict) or not {"out", "seed", "batch_size", "lr"} <= set(before):
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "inputs" not in before:
             raise UserError(f"--out {self.out} is not empty and holds no run: choose another --out")
+        self.lock()
         if self.cfg.overwrite:
-            for path in map(Path.resolve, filter(Path.exists, self.inputs)):
-                own = any(path.match(name) for name in OWN_FILES)
-                if self.out.resolve() == (path.parent if own else path):
+            for path in map(Path, self.settings["inputs"]):
+                if self.out.resolve() in [path.resolve(), *path.resolve().parents]:
                     raise UserError(f"--overwrite {self.out}: it holds what this run reads, {path}")
         elif (self.out / "eval.json").exists():
             self.remove(["checkpoint.pt"])  # a kill in the run's last moment may have left it
@@ -1393,22 +1355,28 @@ class Run:
             how = "continue it with --resume, replace it with --overwrite, or choose another --out"
             raise UserError(f"--out {self.out} holds a run: {how}")
         else:
-            for key, value in self.settings.items():
-                if key != "out" and before.get(key) != value:
-                    was = f"--{key} was {before.get(key)!r}"
-                    raise UserError(f"--resume {self.out}: the settings differ ({was})")
-            for path, seen in before.get("inputs", {}).items():
-                if fingerprint(path) != seen:
-                    print(f"--resume {self.out}: {path} is not what this run began with")
-        self.lock()
+            self.compare_settings(before)
+
+    def compare_settings(self, before):
+        """A resumed run has the settings that it began with. Inputs that have changed are told."""
+        for key, value in self.settings.items():
+            if key not in FREE and key != "inputs" and before.get(key) != value:
+                was = f"--{key} was {before.get(key)!r}"
+                raise UserError(f"--resume {self.out}: the settings differ ({was})")
+        for path, changed in before["inputs"].items():
+            if self.settings["inputs"].get(path) != changed:
+                print(f"--resume {self.out}: {path} is not what this run began with")
 
     def lock(self):
         """Whoever holds metrics.jsonl is the one run in this folder."""
-        if rank() == 0:
-            self.metrics = open(self.out / "metrics.jsonl", "ab")
-            with suppress(BlockingIOError):
-                return fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            raise UserError(f"--out {self.out}: another run is writing there")
+        if rank() > 0 or self.metrics is not None:
+            return
+        metrics = open(self.out / "metrics.jsonl", "ab")
+        try:
+            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.out}: another run is writing there") from None
+        self.metrics = metrics
 
     def begin(self, **objects):
         """Write the settings, and put `objects` where a resumed run left off, in place: pairs of a
@@ -1416,19 +1384,17 @@ class Run:
         written before this call: all input must have been read by then.
         """
         self.objects = objects
-        gather([])  # wait until each process has looked at the folder
-        is_run = (self.out / "run.json").exists()
-        if rank() == 0 and self.metrics is None and is_run:
-            raise UserError(f"--out {self.out}: another run has begun there")
-        if rank() == 0 and not (self.cfg.resume and is_run):
+        gather([])  # each process has looked at the folder
+        if rank() == 0:
             with reading(f"--out {self.out}"):
                 self.out.mkdir(parents=True, exist_ok=True)
-            # A kill in between leaves the old run or the new one, none that seems finished.
-            self.remove(OWN_FILES[:-2])
-            inputs = {str(path): fingerprint(path) for path in self.inputs if path.exists()}
-            write_json(self.out / "run.json", self.settings | dict(inputs=inputs))
-        if self.metrics is None:
-            self.lock()
+            if self.metrics is None:
+                self.lock()
+                self.check_folder()  # another run may have begun since
+            if not (self.cfg.resume and (self.out / "run.json").exists()):
+                # A kill in between leaves the old run or the new one, none that seems finished.
+                self.remove(OWN_FILES)
+                write_json(self.out / "run.json", self.settings)
         gather([])
         state = dict(step=0, metrics_bytes=0)
         path = self.out / "checkpoint.pt"
@@ -1438,55 +1404,53 @@ class Run:
                 for name, thing in objects.items():
                     if isinstance(thing, dict):
                         thing.update(state[name])
-                    else:
-                        states.set_model_state_dict(thing[0], state[name][0], options=LOADING)
-                        if state[name][1]:
-                            states.set_optimizer_state_dict(*thing, state[name][1], options=LOADING)
+                        continue
+                    weights, moments = state[name]
+                    states.set_model_state_dict(thing[0], weights, options=LOADING)
+                    if moments:
+                        states.set_optimizer_state_dict(*thing, moments, options=LOADING)
+            print(f"resumed {self.out} after step {state['step']}")
         self.start = state["step"]
         if rank() == 0:
             if self.metrics.tell() < state["metrics_bytes"]:
                 raise UserError(f"{self.out}: metrics.jsonl is shorter than when it was saved")
             self.metrics.truncate(state["metrics_bytes"])  # later steps are run again
-        if self.start:
-            print(f"resumed {self.out} after step {self.start}")
 
     def checkpoint(self, step):
         """Write it under a temporary name, and rename it over the one before."""
         state = dict(step=step)
         for name, thing in self.objects.items():
             state[name] = thing
-            if not isinstance(thing, dict):
-                model, optimizer = thing
-                weights = states.get_model_state_dict(model, options=SAVING)
-                # A tied head is a second name of the frozen embeddings: it is left out.
-                trained = [n for n, p in model.named_parameters() if p.requires_grad]
-                state[name] = [{n: weights[n] for n in trained if n in weights}, None]
-                if optimizer.state:  # get_ would make an empty one, and the run another
-                    state[name][1] = states.get_optimizer_state_dict(*thing, options=SAVING)
+            if isinstance(thing, dict):
+                continue
+            model, optimizer = thing
+            weights = states.get_model_state_dict(model, options=SAVING)
+            # A tied head is a second name of the frozen embeddings: it is left out.
+            trained = [n for n, p in model.named_parameters() if p.requires_grad]
+            weights = {n: weights[n] for n in trained if n in weights}
+            moments = None
+            if optimizer.state:  # get_ would make an empty one, and the run another
+                moments = states.get_optimizer_state_dict(model, optimizer, options=SAVING)
+            state[name] = weights, moments
         if rank() == 0:
             os.fsync(self.metrics.fileno())
             state["metrics_bytes"] = self.metrics.tell()
             with replacing(self.out / "checkpoint.pt") as path, reading(path):
                 torch.save(state, path)
 
-    def steps(self, total, done=None, name=None):
-        """Yield the step numbers from 1 (or from where a resumed run stopped) to `total`. With
-        `done`, steps finished before, the caller keeps the record: there are no checkpoints.
-        """
-        start = self.start if done is None else done
+    def steps(self, total):
+        """Yield the step numbers from 1, or from where a resumed run stopped, to `total`."""
         before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        bar = dict(total=total, initial=start, desc=name or self.out.name, dynamic_ncols=True)
-        self.bar = tqdm(**bar, disable=rank() > 0)
+        self.bar = tqdm(total=total, initial=self.start, desc=self.out.name, disable=rank() > 0)
         try:
-            for step in range(start + 1, total + 1):
+            for step in range(self.start + 1, total + 1):
                 self.step, self.began = step, time.perf_counter()
                 seed_global(self.cfg.seed, step)
                 yield step
                 self.bar.update()
                 self.stop_signal = max(gather([self.stop_signal]))  # all stop after the same step
                 every = self.cfg.save_every
-                due = self.stop_signal or (every and step % every == 0 and step < total)
-                if due and done is None:
+                if self.stop_signal or (every and step % every == 0 and step < total):
                     self.checkpoint(step)
                 if self.stop_signal:
                     self.print(f"stopped after step {step}; --resume continues")
@@ -1498,18 +1462,16 @@ class Run:
                 signal.signal(number, handler)
 
     def on_signal(self, number, frame):
-        """The first Ctrl-C or SIGTERM lets the step end and saves; the second one stops at once,
-        but not within a second: torchrun may pass on what the processes were sent, too.
+        """The first Ctrl-C or SIGTERM lets the step end and saves; a second one stops at once, but
+        not several processes: torchrun passes on what they were sent, too.
         """
-        if time.monotonic() > self.asked + 1:
+        if self.stop_signal and world_size() == 1:
             raise KeyboardInterrupt
-        if self.asked == math.inf:
-            self.asked = time.monotonic()
-            self.print("stopping after this step (again: at once)")
         self.stop_signal = number
+        self.print("stopping after this step (again: at once)")
 
     def print(self, text):
-        """On stderr, as the progress bar, so that a closed pipe does not end the run."""
+        """On stderr, beside the progress bar."""
         if rank() == 0:
             tqdm.write(text, file=sys.stderr)
 
@@ -1518,16 +1480,13 @@ class Run:
         if rank():
             return
         row = dict(step=self.step, **metrics, seconds=time.perf_counter() - self.began)
-        for name, value in row.items():
-            if isinstance(value, float):
-                row[name] = float(f"{value:.6g}")
+        row = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
         self.metrics.write((json.dumps(row) + "\n").encode())
         self.metrics.flush()
         self.bar.set_postfix({name: row[name] for name in show}, refresh=False)
-        start = time.perf_counter()
-        if start > self.report_due:  # at most a fiftieth of the run's time goes into the page
+        if time.perf_counter() > self.report_due:
             self.write_report()
-            self.report_due = start + max(5, 50 * (time.perf_counter() - start))
+            self.report_due = time.perf_counter() + 10
 
     def write_report(self, results=None):
         """report.html: the template in data/ with what is known so far put in."""
@@ -1562,17 +1521,22 @@ class Run:
         self.remove(["checkpoint.pt"])
 
     def remove(self, names):
-        paths = [path for name in names for path in self.out.glob(name)]
-        for path in paths if rank() == 0 else []:
-            path.unlink()
+        if rank() == 0:
+            for name in names:
+                for path in self.out.glob(name):
+                    path.unlink()
 
-def fingerprint(path):
-    """What tells whether an input is still what it was: a file's bytes, or when what is in a
-    model's folder was last written.
-    """
-    path = Path(path)
-    times = [int(file.stat().st_mtime) for file in path.glob("*")]
-    return max(times, default=path.exists() and path.stat().st_size)
+def changed_at(cfg):
+    """The files and folders among the settings, which the run reads, and when each was changed."""
+    changed = {}
+    for setting in fields(cfg):
+        value = getattr(cfg, setting.name)
+        if setting.type is str and "choices" not in setting.metadata and setting.name != "out":
+            path = Path(value.rpartition(":")[0] or value)  # of file.py:function, file.py
+            if value and path.exists():
+                files = [path, *path.glob("*")]
+                changed[str(path)] = max(file.stat().st_mtime_ns for file in files)
+    return changed
 
 @contextmanager
 def replacing(path):
@@ -1595,21 +1559,18 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 def make_missing_stages(cfg):
-    """Run sft.py and reward.py for the default folders that are not finished, in this process: when
-    they are stopped or fail, so are we.
-    """
-    stages = [("sft", cfg.policy, "out/sft", {})]
-    if not cfg.reward_fn:
-        stages.append(("reward", cfg.reward, "out/reward", dict(model=cfg.policy)))
-    for name, folder, default, flags in stages:
-        if folder != default or (Path(folder) / "eval.json").exists():
+    """Run sft.py and reward.py in this process for the default folders that are not finished."""
+    for name, folder in dict(sft=cfg.policy, reward="" if cfg.reward_fn else cfg.reward).items():
+        if folder != f"out/{name}" or (Path(folder) / "eval.json").exists():
             continue
-        if dist.is_initialized():
+        if world_size() > 1:
             raise UserError(f"{folder} is missing: make it first, by {name}.py")
         print(f"{folder} is missing: running {name}.py")
-        flags |= dict(out=folder, seed=cfg.seed, device=cfg.device)
-        stage, resume = importlib.import_module(name), (Path(folder) / "run.json").exists()
-        stage.main(stage.Config(**flags, resume=resume))
+        stage = importlib.import_module(name)
+        own = stage.Config(out=folder, seed=cfg.seed, device=cfg.device)
+        own.model = cfg.policy if name == "reward" else ""
+        own.resume = (Path(folder) / "run.json").exists()
+        stage.main(own)
 
 # ----------------------------------------------------------------------------------- command line
 
@@ -1636,14 +1597,13 @@ def optional_package(name, why):
 def check_flags(cfg):
     """Raises UserError where a setting is not within the limits that its `flag` names."""
     for setting in fields(cfg):
-        value, limits = getattr(cfg, setting.name), setting.metadata
+        value, limits = getattr(cfg, setting.name), dict(setting.metadata)
+        limits.pop("help")
         if type(value) in (int, float):
             over, least = limits.get("over", -math.inf), limits.get("least", -math.inf)
-            most = limits.get("most", sys.float_info.max)
-            if not (value > over and least <= value <= most):
-                named = [f"{k} {limits[k]}" for k in ("over", "least", "most") if k in limits]
-                what = ", ".join(named) or "finite"
-                raise UserError(f"--{setting.name} {value}: expected a number, {what}")
+            if not (over < value >= least and value <= limits.get("most", sys.float_info.max)):
+                expected = json.dumps(limits) if limits else "finite"
+                raise UserError(f"--{setting.name} {value}: expected a number, {expected}")
 
 class Output:
     """stdout that never ends a run: what cannot be encoded is replaced, a closed pipe is left."""

@@ -336,12 +336,14 @@ def main(cfg):
             logprobs, entropy = policy(batch, cfg.temperature)  # still pi_old: no update so far
             with common.without_adapter(ref):
                 ref_logprobs, _ = ref(batch, cfg.temperature)
-            measured = dict(old_logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
+            tensors = [logprobs, ref_logprobs, entropy]
             if value:
-                measured["old_values"] = state_values(value(batch))
-            return measured
+                tensors.append(state_values(value(batch)) * batch["mask"])
+            return torch.stack(tensors, dim=-1)  # (b, t, 3 or 4)
 
-        rollout |= common.per_token(measure, rollout, lengths, cfg, device)
+        measured = common.evaluate(measure, examples, cfg, device).unbind(-1)
+        names = ["old_logprobs", "ref_logprobs", "entropy", "old_values"]
+        rollout |= dict(zip(names, measured))  # each (B, T), on the host
         rewards = token_rewards(
             penalised, rollout["old_logprobs"], rollout["ref_logprobs"], mask, coefs["kl_coef"]
         )

@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import common
 from common import flag
@@ -184,10 +185,12 @@ def sample_candidates(run, name, sampler, score, prompts, cfg):
         candidates = candidates[: len(candidates) // size * size]
     common.gather([])  # wait until each process has read it
     common.write_jsonl(path, candidates)
-    done = math.ceil(len(candidates) / size)
-    for step in run.steps(math.ceil(len(prompts) / size), done, name):
-        some = prompts[(step - 1) * size : step * size]
-        new = sample_and_score(sampler, score, some, (cfg.seed, name, step), cfg)
+    starts = range(len(candidates), len(prompts), size)
+    for start in tqdm(starts, desc=name, disable=common.rank() > 0):
+        part = start // size + 1
+        common.seed_global(cfg.seed, part)
+        some = prompts[start : start + size]
+        new = sample_and_score(sampler, score, some, (cfg.seed, name, part), cfg)
         if common.rank() == 0:
             with open(path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
@@ -272,7 +275,7 @@ def held_out_accuracy(policy, ref, pairs, cfg):
         return logprobs.sum(1) - ref_logprobs.sum(1)
 
     examples = [example for pair in pairs for example in pair]
-    up, down = common.per_sequence(logratio, examples, cfg, policy.lm.device).view(-1, 2).unbind(1)
+    up, down = common.evaluate(logratio, examples, cfg, policy.lm.device).view(-1, 2).unbind(1)
     return ((up - down).sign() + 1).mean().item() / 2
 
 # Looking at what it does

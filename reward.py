@@ -143,7 +143,7 @@ def judgement_loss(form, scores, judgements):
 def score_all(scorer, judgements, cfg):
     """The model's scores: one tensor (K,) for each judgement."""
     examples = [example for judgement in judgements for example in judgement.examples]
-    scores = common.per_sequence(scorer.last, examples, cfg, scorer.lm.device)
+    scores = common.evaluate(scorer.last, examples, cfg, scorer.lm.device)
     return scores.split([len(judgement.examples) for judgement in judgements])
 
 def ordered_right(items):

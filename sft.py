@@ -41,8 +41,8 @@ class Config(common.Settings):
 def texts_of(rows):
     """Every text in these rows, which a model may read or say; `where` (file:line) is none."""
     values = [value for row in rows for key, value in row.items() if key != "where"]
-    messages = [m for value in values if isinstance(value, list) for m in value]
-    values += [common.content_of(m) for m in messages if common.is_message(m)]
+    messages = [m for value in values if common.is_dialogue(value) for m in value]
+    values += [common.content_of(message) for message in messages]
     return [value for value in values if isinstance(value, str)]
 
 def new_tokenizer(texts, vocab_size=2048):
@@ -148,7 +148,7 @@ def main(cfg):
         run.log(("loss", "lr"), lr=lr, tokens=tokens, **stats)
 
     # Mean negative log-likelihood of a held-out response token, in nats.
-    nll = common.per_sequence(lambda batch: -policy(batch)[0].sum(1), held_out, cfg, device)
+    nll = common.evaluate(lambda batch: -policy(batch)[0].sum(1), held_out, cfg, device)
     tokens = sum(sum(example["mask"]) for example in held_out)
     loss = nll.sum().item() / tokens
     perplexity = math.exp(min(loss, 700.0))  # what has diverged must not overflow

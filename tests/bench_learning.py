@@ -573,7 +573,7 @@ def calibration(folder, loss, pairs):
         for answer in both
     ]
     cfg = reward_stage.Config()
-    scores = common.per_sequence(scorer.last, examples, cfg, device).view(-1, 2)
+    scores = common.evaluate(scorer.last, examples, cfg, device).view(-1, 2)
     # A pointwise model speaks in units of gold; the annotator's own noise makes log-odds of them.
     log_odds = (scores[:, 0] - scores[:, 1]) / (hhh.TAU if loss == "pointwise" else 1)
     first = [float(p["chosen"] == both[0]) for p, both in zip(pairs, answers)]

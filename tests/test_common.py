@@ -441,9 +441,9 @@ def test_models_of_another_kind_are_refused_in_one_line(tmp_path, tiny_folder):
     reward, three = make_reward(tmp_path / "one"), make_reward(tmp_path / "three", num_labels=3)
     headless = edit(make_reward(tmp_path / "headless"), weights=renamed("score.", "lm_head."))
     for load, path, says in [
-        (common.load_policy, reward, "a reward model where"),
-        (partial(common.load_scorer, new_head=True), reward, "no causal language model"),
-        (common.load_scorer, tiny_folder, "is no reward model"),
+        (common.load_policy, reward, "LlamaForSequenceClassification, where a causal"),
+        (partial(common.load_scorer, new_head=True), reward, "where a causal language model"),
+        (common.load_scorer, tiny_folder, "where a reward model, of one"),
         (common.load_scorer, three, "one label"),
         (common.load_scorer, headless, "1 weights missing, such as score.weight"),
         (common.load_policy, tmp_path / "nowhere", "nowhere: "),

@@ -57,7 +57,7 @@ BAD = [
     ("sft", "--out rule.py", "--out rule.py: NotADirectoryError"),
     ("sft", "--out . --overwrite", "is not empty and holds no run"),
     ("sft", "--out THEIRS --overwrite", "is not empty and holds no run"),
-    ("ppo", "--policy REWARD", "REWARD: a reward model where"),
+    ("ppo", "--policy REWARD", "Classification, where a causal"),
     ("ppo", "--ptx_coef 0.1 --ptx_data prompts.jsonl", "prompts.jsonl:1"),
     ("ppo", "--batch_size 4 --minibatches 3", "--minibatches"),
     ("ppo", "--device cuda:99", "--device"),
@@ -150,17 +150,18 @@ def test_overwrite_removes_the_runs_own_files_and_no_other(tmp_path, data, tiny_
     cfg = run(CONFIGS["rejection_sample"](data, tiny_folder, out, overwrite=True))
     link = tmp_path / "link.jsonl"
     link.symlink_to(out / "dpo.jsonl")
-    for flag, path in dict(policy=out, data=out / "sft.jsonl", pairs=link).items():
-        line = refused(replace(cfg, **{flag: str(path)}))
-        assert "it holds what this run reads" in line and link.exists()
     mine = dict.fromkeys(["notes.txt", "my/sft.jsonl", "mymodel.safetensors"], "years of work")
     mine["rule.py"] = (data / "rule.py").read_text()
     (out / "my").mkdir()
     for name, text in mine.items():
         (out / name).write_text(text)
+    rule = f"{out / 'rule.py'}:score"
+    for flag, path in dict(policy=out, data=out / "sft.jsonl", pairs=link, reward_fn=rule).items():
+        line = refused(replace(cfg, **{flag: str(path)}))
+        assert "it holds what this run reads" in line and link.exists()
     (out / "model.tmp").mkdir()  # of a run that was killed, with another model
     (out / "model.tmp/vocab.txt").write_text("stale")
-    run(replace(cfg, method="rso", reward_fn=f"{out / 'rule.py'}:score"))
+    run(replace(cfg, method="rso"))
     assert {name: (out / name).read_text() for name in mine} == mine and link.exists()
     assert not (out / "sft.jsonl").exists() and not (out / "vocab.txt").exists()
 
@@ -207,7 +208,7 @@ def how_it_ends(cfg):
     """What ended the stage, as text: the exception itself would keep the run and its lock."""
     try:
         run(cfg)
-    except (SystemExit, common.UserError) as end:
+    except (SystemExit, KeyboardInterrupt, common.UserError) as end:
         return repr(end)
 
 @pytest.fixture(scope="module", params=STAGES)
@@ -270,17 +271,16 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(whole, parts, monkeypatch, 
 @pytest.mark.parametrize("whole", ["rejection_sample"], indirect=True)
 def test_stopped_while_it_samples(whole, parts, monkeypatch):
     """In the answers and in those to held-out prompts; then half a part and half a line lie there.
-    Only they are sampled again, to the same bytes."""
+    Only what was not written, and they, are sampled again, to the same bytes."""
     stage, candidates = STAGES["rejection_sample"], Path(parts.out) / "candidates.jsonl"
     spy = Mock(wraps=stage.sample_and_score)
     monkeypatch.setattr(stage, "sample_and_score", spy)
     for call in (2, 3):
         act_at(monkeypatch, stage, "sample_and_score", call, ctrl_c)
-        assert how_it_ends(replace(parts, resume=True)) == "SystemExit(130)"
-    lines = candidates.read_bytes().splitlines(keepends=True)
-    candidates.write_bytes(b"".join(lines[:5]) + b'{"pro')
+        assert how_it_ends(replace(parts, resume=True)) == "KeyboardInterrupt()"
+    candidates.write_bytes(b"".join(candidates.open("rb").readlines()[:5]) + b'{"pro')
     assert_same(whole, run(replace(parts, resume=True)))
-    assert [len(call.args[2]) for call in spy.call_args_list] == [2, 2, 2, 2, 1, 2]
+    assert [len(call.args[2]) for call in spy.call_args_list] == [2, 2, 2, 2, 2, 2, 2, 1]
     for name in ("candidates", "eval_candidates", "sft", "dpo"):
         mine, theirs = (Path(cfg.out) / f"{name}.jsonl" for cfg in (parts, whole))
         assert mine.read_bytes() == theirs.read_bytes(), name

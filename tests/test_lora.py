@@ -114,7 +114,7 @@ def test_an_adapter_made_by_peft_is_merged_or_refused(tmp_path, data, tiny_folde
     for score, example in zip(load("value", scorer).last(BATCH), EXAMPLES):
         assert gap(score, theirs(input_ids=torch.tensor([example["ids"]])).logits) < 1e-4
     for kind, folder, task in (("value", policy, "CAUSAL_LM"), ("llama", scorer, "SEQ_CLS")):
-        with pytest.raises(common.UserError, match=f"{folder}: an adapter .{task}. where"):
+        with pytest.raises(common.UserError, match=f"{folder}: an adapter .{task}. of"):
             load(kind, folder)
 
 def test_peft_is_asked_for_in_one_line(tmp_path, data, tiny_folder, monkeypatch):

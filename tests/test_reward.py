@@ -134,7 +134,7 @@ def test_what_orders_nothing_is_left_out(tmp_path, tiny_folder, capsys):
     cfg = config(tmp_path, tiny_folder, "listwise", rows)
     for found in reward.load_judgements(cfg, common.load_tokenizer(tiny_folder), (), 99):
         assert [judgement.targets for judgement in found] == [r["ranks"] for r in rows[1:-1]]
-    told = f"2 of 5 {{}} left out: 2 such as {cfg.data}:1: nothing but ties\n"
+    told = f"2 of 5 {{}} left out, such as {cfg.data}:1: nothing but ties\n"
     expected = told.format("judgements") + told.format("held-out judgements")
     assert capsys.readouterr().out == expected
     pair = dict(prompt=user("a"), chosen="b", rejected=" b", where="")
