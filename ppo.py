@@ -29,8 +29,7 @@ Where this departs from the papers:
     3 GAE's advantages are centred over the rollout, and scaled only with --whiten; rewards not.
     4 Means are over tokens, so a long answer weighs more than a short one. Padding weighs nothing.
     5 An answer cut at --max_new_tokens loses --missing_eos_penalty from its score.
-    6 For (8.21), beta adapts to the KL that the last minibatch measured before its own update; with
-      one update a step that is always 0.
+    6 For (8.21), beta adapts to the KL before a step's last update: 0 where a step has only one.
 """
 
 import time
@@ -42,7 +41,7 @@ import common
 from common import flag, masked_mean, masked_variance, whiten
 
 @dataclass
-class Config(common.Settings):
+class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
     # models and data
     policy: str = flag("out/sft", "SFT model; out/sft is made if missing")
     reward: str = flag("out/reward", "reward model; out/reward is made if missing")
@@ -51,7 +50,7 @@ class Config(common.Settings):
     data: str = flag(str(common.EMBEDDED / "prompts.jsonl"), "prompts, JSONL")
     eval_data: str = flag("", "held-out prompts; empty: a part of --data")
     gold_fn: str = flag("", "file.py:function that judges answers in evaluation")
-    max_prompt_tokens: int = flag(512, "longer prompts are left out", over=0)
+    max_prompt_tokens: int = flag(512, "longer prompts are left out", over=0)  # must be over 0
     # 1 sample
     steps: int = flag(60, "PPO steps", over=0)
     batch_size: int = flag(128, "episodes a step", over=0)
@@ -100,9 +99,10 @@ class Config(common.Settings):
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The KL penalty on every token, and the score (B,) on the last real one: (B, T)."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rows = torch.arange(mask.shape[0], device=mask.device)  # (B,)
     positions = torch.arange(mask.shape[1], device=mask.device)  # (T,)
-    last = (mask * positions).argmax(1)  # (B,): the last one where the mask is 1
-    rewards[torch.arange(len(scores), device=mask.device), last] += scores
+    last = (mask * positions).argmax(1)  # (B,): the last position where the mask is 1
+    rewards[rows, last] += scores
     return rewards
 
 def group_advantages(rewards, mask, group):
@@ -110,8 +110,9 @@ def group_advantages(rewards, mask, group):
     answers to the same prompt, on each of its tokens: (B, T). A group is `group` consecutive rows.
     """
     totals = rewards.sum(1).view(-1, group)  # (B / group, group)
-    others = (totals.sum(1, keepdim=True) - totals) / (group - 1)
-    return (totals - others).view(-1, 1) * mask
+    others = totals.sum(1, keepdim=True) - totals  # the sum of the others
+    advantages = totals - others / (group - 1)
+    return advantages.view(-1, 1) * mask  # (B, 1) * (B, T)
 
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, objective="clip", cliprange=0.2, beta=0.0
@@ -122,53 +123,51 @@ def policy_loss(
     Schulman (2020), non-negative; clipfrac, the share of tokens whose gradient the clip cuts off
     (or would, with another objective); ratio, the mean of rho.
     """
-    logratio = (logprobs - old_logprobs) * mask
-    ratio = logratio.exp()
-    kl = (ratio - 1) - logratio
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    logratio = (logprobs - old_logprobs) * mask  # (B, T)
+    ratio = logratio.exp()  # rho_t; 1 on padding
+    kl = (ratio - 1) - logratio  # nats a token
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
     if objective == "clip":
-        # The smaller of the two: nothing is gained by moving the ratio further than eps in the
-        # direction of A.
-        gain = torch.min(ratio * advantages, clipped * advantages)
+        gain = torch.min(unclipped, clipped)  # no more to gain once the ratio has moved by eps
     elif objective == "kl":
-        gain = ratio * advantages - beta * kl
+        gain = unclipped - beta * kl
     elif objective == "pg":
-        gain = logprobs * advantages
+        gain = logprobs * advantages  # no ratio: right for one update only
     else:
         raise ValueError(f"objective {objective!r}: expected clip, kl or pg")
     with torch.no_grad():
-        cut = (clipped * advantages < ratio * advantages).float()
-        measured = dict(approx_kl=kl, clipfrac=cut, ratio=ratio)
-        stats = {name: masked_mean(x, mask) for name, x in measured.items()}
+        cut = (clipped < unclipped).float()  # where min() takes a constant: no gradient
+        stats = dict(approx_kl=masked_mean(kl, mask), clipfrac=masked_mean(cut, mask))
+        stats["ratio"] = masked_mean(ratio, mask)
     return -masked_mean(gain, mask), stats
 
 def value_loss(values, old_values, returns, mask, cliprange_value=0.2):
     """(loss, clipfrac): half the squared error, the larger of the unclipped and clipped value's."""
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    change = (values - old_values).clamp(-cliprange_value, cliprange_value)  # (B, T)
+    clipped = old_values + change
+    error = (values - returns) ** 2
+    clipped_error = (clipped - returns) ** 2
+    cut = (clipped_error > error).float()  # where it moved too far: no gradient
     loss = 0.5 * masked_mean(torch.max(error, clipped_error), mask)
-    return loss, masked_mean((clipped_error > error).float(), mask)
+    return loss, masked_mean(cut, mask)
 
-def adapt_kl_coef(kl_coef, kl, target, episodes, horizon):
-    """Ziegler et al. 2019, section 2.2: let kl_coef grow or shrink with the relative error of the
-    KL, capped at 20%, over a horizon of so many episodes.
-    """
-    error = max(-0.2, min(0.2, kl / target - 1))
-    return kl_coef * (1 + error * episodes / horizon)
-
-def adapt_beta(beta, kl, target):
-    """Schulman et al. 2017, section 4: halve or double beta when the KL is off by a factor 1.5."""
-    if kl < target / 1.5:
-        return beta / 2
-    if kl > target * 1.5:
-        return beta * 2
-    return beta
+def adapt_coefs(coefs, kl, approx_kl, cfg):
+    """Move kl_coef and beta so that the KLs that they weigh come nearer to their targets."""
+    if cfg.kl_target:  # Ziegler et al. 2019, section 2.2: by the relative error, at most 20%
+        error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
+        coefs["kl_coef"] *= 1 + error * cfg.batch_size / cfg.kl_horizon
+    if cfg.objective == "kl":  # Schulman et al. 2017, section 4
+        if approx_kl < cfg.beta_target / 1.5:
+            coefs["beta"] /= 2
+        elif approx_kl > cfg.beta_target * 1.5:
+            coefs["beta"] *= 2
 
 def state_values(outputs):
     """V(s_t) from the value model's outputs (B, T). At token t it has read token t, so that is the
     value of the next state, s_{t+1}: move it one to the right.
     """
-    return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
+    return torch.nn.functional.pad(outputs[:, :-1], (1, 0))  # (B, T), 0 at the first token
 
 def load_value(cfg, reward, device):
     """The value model starts as the reward model; where there is none that reads the policy's
@@ -178,27 +177,68 @@ def load_value(cfg, reward, device):
         return reward  # its adapters are the value model's: scoring switches them off
     if not reward:
         print("the value model starts from the policy with a zero head")
-    start, dtype = cfg.reward if reward else cfg.policy, common.trained_dtype(cfg, device)
+    start = cfg.reward if reward else cfg.policy
+    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA that of frozen models
     value = common.load_scorer(start, device, dtype, new_head=not reward)
     common.add_lora(value, cfg)
     return value
+
+def make_rollout(queries, responses, policy, ref, value, cfg):
+    """What the models say of each token before the update, in the form above; on the host."""
+    examples = [common.join(query, response) for query, response in zip(queries, responses)]
+
+    def measure(batch):  # a micro-batch on the device; no gradients
+        logprobs, entropy = policy(batch, cfg.temperature)  # (b, t), (b, t)
+        with common.without_adapter(ref):  # with LoRA the reference is the policy
+            ref_logprobs, _ = ref(batch, cfg.temperature)
+        tensors = [logprobs, ref_logprobs, entropy]
+        if value:
+            tensors.append(state_values(value(batch)) * batch["mask"])
+        return torch.stack(tensors, dim=-1)  # (b, t, 3 or 4)
+
+    measured = common.evaluate(measure, examples, cfg, policy.lm.device)  # (B, T, 3 or 4)
+    names = ["old_logprobs", "ref_logprobs", "entropy", "old_values"]
+    return common.collate(examples) | dict(zip(names, measured.unbind(-1)))  # each (B, T)
+
+def micro_batches(rollout, rows, lengths, cfg, device):
+    """The minibatch `rows` in parts that fit the device: [(batch, share of its tokens), ...]. With
+    each part's mean loss times its share, gradients add up to those of the whole minibatch.
+    """
+    tokens = rollout["mask"][rows].sum()
+    budget = common.token_budget(cfg, device)  # padded tokens a part
+    parts = []
+    for part in common.micro_batches(rows.tolist(), lengths, budget):
+        share = rollout["mask"][part].sum() / tokens
+        parts.append((common.take(rollout, part, device), share.item()))
+    return parts
 
 def ptx_backward(policy, demonstrations, update, totals, cfg):
     """PPO-ptx (InstructGPT, eq. 2): add the gradient of the SFT loss on batch `update` (from 1) of
     the demonstrations, which keeps what was learned.
     """
-    device, size = policy.lm.device, cfg.batch_size // cfg.minibatches
-    indices = common.epoch_batch(len(demonstrations), size, update, cfg.seed)
-    examples = [demonstrations[i] for i in indices]
-    lengths = [len(example["ids"]) for example in examples]
-    tokens = sum(sum(example["mask"]) for example in examples)
-    for part in common.micro_batches(range(size), lengths, common.token_budget(cfg, device)):
-        logprobs, _ = policy(common.collate([examples[i] for i in part], device))
-        loss = -logprobs.sum() / tokens
+    device = policy.lm.device
+    size = cfg.batch_size // cfg.minibatches  # as many as the episodes of a minibatch
+    rows = common.epoch_batch(len(demonstrations), size, update, cfg.seed)
+    lengths = {i: len(demonstrations[i]["ids"]) for i in rows}
+    tokens = sum(sum(demonstrations[i]["mask"]) for i in rows)  # to be learned, in the whole batch
+    for part in common.micro_batches(rows, lengths, common.token_budget(cfg, device)):
+        batch = common.collate([demonstrations[i] for i in part], device)
+        logprobs, _ = policy(batch)  # (b, t), at temperature 1
+        loss = -logprobs.sum() / tokens  # the parts add up to the batch's mean
         (cfg.ptx_coef * loss).backward()
         common.add_up(totals, 1.0, ptx_loss=loss)
 
 # Looking at what it does
+
+def print_samples(run, step, questions, responses, scores, rollout, tokenizer, cfg):
+    """On stderr, now and then: two answers, and with --trace the first one token by token."""
+    asked = [common.as_text(question["prompt"])[-200:] for question in questions[:2]]
+    if cfg.sample_every and step % cfg.sample_every == 0:
+        for question, response, score in zip(asked, responses, scores):
+            text = tokenizer.decode(response, skip_special_tokens=True)[:200]
+            run.print(f"  {question}  ->  {text}  ({score:.2f})")
+    if cfg.trace and step % cfg.trace == 0:
+        run.print(f"step {step}: {asked[0]}\n{trace_table(tokenizer, rollout)}")
 
 def trace_table(tokenizer, rollout):
     """The first episode, a line a response token; with a value model, the advantage uncentred."""
@@ -210,26 +250,26 @@ def trace_table(tokenizer, rollout):
         "advantage": rollout["advantages"],
     }
     if "returns" in rollout:
-        values, returns = rollout["old_values"], rollout["returns"]
-        columns |= {"advantage": returns - values, "value": values, "return": returns}
+        columns["advantage"] = rollout["returns"] - rollout["old_values"]
+        columns["value"] = rollout["old_values"]
+        columns["return"] = rollout["returns"]
     lines = ["token".rjust(14) + "".join(name.rjust(12) for name in columns)]
-    for t in rollout["mask"][0].nonzero().flatten().tolist():
-        numbers = "".join(f"{column[0, t].item():12.4f}" for column in columns.values())
+    for t in rollout["mask"][0].nonzero().flatten().tolist():  # of the response
         token = tokenizer.decode([rollout["ids"][0, t].item()])
-        lines.append(f"{token!r:>14}" + numbers)
+        numbers = [f"{column[0, t].item():12.4f}" for column in columns.values()]
+        lines.append(f"{token!r:>14}" + "".join(numbers))
     return "\n".join(lines)
 
 def rollout_metrics(rollout, sampler_logprobs):
-    """Means over real tokens; `kl` and `reward` are sums over a response, averaged.
-
-    sampler_gap is how far the log-probs at sampling time, by pi_old one token at a time, are from
-    those of the training forward. They are the same model, but for rounding.
+    """Means over real tokens; `kl` and `reward` are sums over a response, averaged. sampler_gap is
+    how far the log-probs at sampling time, one token at a time, are from the training forward's.
     """
     mask = rollout["mask"]
-    # Both list the response tokens of the first episode, then of the second, ...
-    gaps = (torch.tensor(sampler_logprobs) - rollout["old_logprobs"][mask.bool()]).abs()
+    kl = rollout["old_logprobs"] - rollout["ref_logprobs"]  # (B, T), nats; 0 on padding
+    sampled = torch.tensor(sum(sampler_logprobs, []))  # (N,): one response after the other
+    gaps = (sampled - rollout["old_logprobs"][mask.bool()]).abs()  # (N,): of equal models, rounding
     metrics = dict(
-        kl=(rollout["old_logprobs"] - rollout["ref_logprobs"]).sum(1).mean().item(),
+        kl=kl.sum(1).mean().item(),
         reward=rollout["rewards"].sum(1).mean().item(),
         entropy=masked_mean(rollout["entropy"], mask).item(),
         response_len=mask.sum(1).mean().item(),
@@ -237,8 +277,10 @@ def rollout_metrics(rollout, sampler_logprobs):
         sampler_gap_max=gaps.max().item(),
     )
     if "returns" in rollout:
-        error = masked_variance(rollout["returns"] - rollout["old_values"], mask)
-        variance = masked_variance(rollout["returns"], mask)
+        returns = rollout["returns"]
+        error = masked_variance(returns - rollout["old_values"], mask)
+        variance = masked_variance(returns, mask)
+        # 1: V foretells every return; 0: no better than their mean.
         metrics["explained_variance"] = 1 - (error / (variance + 1e-8)).item()
     return metrics
 
@@ -255,9 +297,9 @@ def main(cfg):
     if unused := [f"--{name}" for name in names if given[name] != default[name]]:
         print(f"--advantage {cfg.advantage} has no use for {', '.join(unused)}")
     device = common.choose_device(cfg.device)
-    run = common.Run(cfg)
+    run = common.Run(cfg)  # the folder --out: metrics, checkpoints, the result
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_prompts.jsonl")
-    common.make_missing_stages(cfg)
+    common.make_missing_stages(cfg)  # out/sft and out/reward
 
     # The four models      by default                          with --lora_rank
     #   policy  trained    float32 weights                     adapters on the frozen SFT model
@@ -266,42 +308,41 @@ def main(cfg):
     #   reward  frozen     a copy of its own                   the value model, its adapters off
     # policy(batch, temperature) gives log-probs and entropy, value(batch) an output at each token:
     # (B, T); score(questions, responses) gives (B,).
-    limit = cfg.max_prompt_tokens + cfg.max_new_tokens
+    limit = cfg.max_prompt_tokens + cfg.max_new_tokens  # tokens of an episode
     policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device), limit)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
-    common.add_lora(policy, cfg)
+    common.add_lora(policy, cfg)  # only with --lora_rank
     ref = policy
     if cfg.ref or not cfg.lora_rank:
         ref = common.load_policy(cfg.ref or cfg.policy, device, common.frozen_dtype(device), limit)
-        common.prepare(ref.requires_grad_(False), cfg)
+        common.prepare(ref.requires_grad_(False), cfg)  # compile and shard, where asked for
     score, reward = common.load_score(cfg, policy, tokenizer, adapters=cfg.advantage == "gae")
     value = load_value(cfg, reward, device) if cfg.advantage == "gae" else None
-    gold = common.load_gold(cfg, cfg.data, tokenizer)
+    gold = common.load_gold(cfg, cfg.data, tokenizer)  # a judge for the metrics, or None
 
     models = [model for model in (policy, ref, value, reward) if model]
-    eos = common.stop_ids(policy.lm, tokenizer)
-    prompts = common.load_prompts(train_rows, tokenizer, cfg, *models)
+    eos = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
+    prompts = common.load_prompts(train_rows, tokenizer, cfg, *models)  # that fit all models
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
     if cfg.ptx_coef:
         rows = common.read_jsonl(cfg.ptx_data)
         room = min(limit, common.context_length(policy.lm))
         demonstrations = common.load_demonstrations(rows, tokenizer, eos, room)
 
-    B, budget = cfg.batch_size, common.token_budget(cfg, device)
+    B = cfg.batch_size
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     slots = min(cfg.slots, B // common.world_size())
-    # The model that samples: the policy or a copy. Of pi_old the ratios need only `old_logprobs`.
-    sampling = common.sampling_copy(policy, cfg)
+    sampling = common.sampling_copy(policy, cfg)  # pi_old: the policy itself, or a copy
+    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
     policy_optimizer = common.make_optimizer(policy, cfg, cfg.lr)
     trained = dict(policy=(policy, policy_optimizer))
     if value:
         value_optimizer = common.make_optimizer(value, cfg, cfg.value_lr)
         trained["value"] = (value, value_optimizer)
-    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
     evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
     before = common.answer_prompts(*evaluation)  # of the policy as it starts, in a resumed run too
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
-    run.begin(**trained, coefs=coefs)
+    run.begin(**trained, coefs=coefs)  # what a checkpoint holds; --resume loads it
     sampler.sync(policy)  # run.begin may have loaded a checkpoint's policy
 
     epochs = 1 if cfg.objective == "pg" else cfg.ppo_epochs
@@ -317,69 +358,47 @@ def main(cfg):
         # 1. Sample: pi_old answers the next prompts of an endless shuffled series.
         began = time.perf_counter()
         indices = common.epoch_batch(len(prompts), B // per_prompt, step, cfg.seed)
-        questions = [prompts[i] for i in indices for _ in range(per_prompt)]
+        questions = [prompts[i] for i in indices for _ in range(per_prompt)]  # B rows of data
         queries = [question["ids"] for question in questions]
-        responses, sampler_logprobs = sampler.sample(queries, cfg.seed, step, "rollout")
+        responses, sampler_logprobs = sampler.sample(queries, cfg.seed, step, "rollout")  # B lists
+        lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
         sampled = time.perf_counter()
 
-        # 2. Score: the reward model reads each whole answer; one that was cut at the limit is
-        # penalised, and every token pays for leaving the reference.
+        # 2. Score: the reward model reads each answer; every token pays for leaving the reference.
         scores = score(questions, responses)  # (B,)
         ended = torch.tensor([float(response[-1] in eos) for response in responses])  # (B,)
-        penalised = scores - cfg.missing_eos_penalty * (1 - ended)
-        examples = [common.join(query, response) for query, response in zip(queries, responses)]
-        lengths = [len(example["ids"]) for example in examples]
-        rollout = common.collate(examples)  # on the host
+        penalised = scores - cfg.missing_eos_penalty * (1 - ended)  # of those cut at the limit
+        rollout = make_rollout(queries, responses, policy, ref, value, cfg)
         mask = rollout["mask"]  # (B, T)
-
-        def measure(batch):
-            logprobs, entropy = policy(batch, cfg.temperature)  # still pi_old: no update so far
-            with common.without_adapter(ref):
-                ref_logprobs, _ = ref(batch, cfg.temperature)
-            tensors = [logprobs, ref_logprobs, entropy]
-            if value:
-                tensors.append(state_values(value(batch)) * batch["mask"])
-            return torch.stack(tensors, dim=-1)  # (b, t, 3 or 4)
-
-        measured = common.evaluate(measure, examples, cfg, device).unbind(-1)
-        names = ["old_logprobs", "ref_logprobs", "entropy", "old_values"]
-        rollout |= dict(zip(names, measured))  # each (B, T), on the host
-        rewards = token_rewards(
-            penalised, rollout["old_logprobs"], rollout["ref_logprobs"], mask, coefs["kl_coef"]
-        )
-        rollout["rewards"] = rewards
+        old_logprobs, ref_logprobs = rollout["old_logprobs"], rollout["ref_logprobs"]
+        rewards = token_rewards(penalised, old_logprobs, ref_logprobs, mask, coefs["kl_coef"])
 
         # 3. Advantages: how much better than expected each token did.
         if value:
-            advantages, rollout["returns"] = common.gae(
-                rewards, rollout["old_values"], mask, cfg.gamma, cfg.lam
-            )
-            rollout["advantages"] = whiten(advantages, mask, scale=cfg.whiten)
+            old_values = rollout["old_values"]
+            advantages, returns = common.gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
+            advantages = whiten(advantages, mask, scale=cfg.whiten)
             if cfg.objective == "pg":  # (8.8): the episode's total reward R, with no baseline
-                rollout["advantages"] = rewards.sum(1, keepdim=True) * mask
+                advantages = rewards.sum(1, keepdim=True) * mask
+            rollout["returns"] = returns
         else:
-            rollout["advantages"] = group_advantages(rewards, mask, cfg.group)
+            advantages = group_advantages(rewards, mask, cfg.group)
+        rollout |= dict(rewards=rewards, advantages=advantages)  # (B, T)
         scored = time.perf_counter()
 
-        # 4. K epochs of the objective on this rollout, dealt into minibatches anew in each. Policy
-        # and value take turns, so that only one of them holds gradients.
+        # 4. K epochs of the objective on this rollout, dealt into minibatches anew in each.
         lr = common.set_lr(policy_optimizer, cfg.lr, step, cfg.steps, cfg)
         if value:
             common.set_lr(value_optimizer, cfg.value_lr, step, cfg.steps, cfg)
         shuffle = common.make_generator("cpu", cfg.seed, step, "minibatches")
         history = []  # the statistics of each minibatch
         for _ in range(epochs):
-            for minibatch in torch.randperm(B, generator=shuffle).chunk(cfg.minibatches):
-                parts = common.micro_batches(minibatch.tolist(), lengths, budget)
-                batches = [common.take(rollout, part, device) for part in parts]
-                # A micro-batch weighs as its tokens: gradients add up to that of the minibatch.
-                tokens = mask[minibatch].sum()
-                shares = [(mask[part].sum() / tokens).item() for part in parts]
-
-                totals = {}
-                for batch, share in zip(batches, shares):
-                    logprobs, _ = policy(batch, cfg.temperature)
-                    loss, tensors = policy_loss(
+            for rows in torch.randperm(B, generator=shuffle).chunk(cfg.minibatches):
+                batches = micro_batches(rollout, rows, lengths, cfg, device)
+                totals = {}  # statistics, as tensors on the device
+                for batch, share in batches:
+                    logprobs, _ = policy(batch, cfg.temperature)  # (b, t), of pi
+                    loss, stats = policy_loss(
                         logprobs,
                         batch["old_logprobs"],
                         batch["advantages"],
@@ -389,7 +408,7 @@ def main(cfg):
                         beta=coefs["beta"],
                     )
                     (loss * share).backward()
-                    common.add_up(totals, share, pg_loss=loss, **tensors)
+                    common.add_up(totals, share, pg_loss=loss, **stats)
                 if cfg.ptx_coef:
                     update = (step - 1) * epochs * cfg.minibatches + len(history) + 1
                     ptx_backward(policy, demonstrations, update, totals, cfg)
@@ -397,26 +416,23 @@ def main(cfg):
                 stats = common.read_stats(totals, grad_norm=norm)  # raises where not finite
                 if step > value_warmup:
                     policy_optimizer.step()
-                policy_optimizer.zero_grad()
-                history.append(stats)  # the value model's statistics are added to it below
-                if not value:
-                    continue
+                policy_optimizer.zero_grad()  # only one model at a time holds gradients
+                history.append(stats)  # the value model's are added below
 
-                totals = {}
-                for batch, share in zip(batches, shares):
-                    loss, clipfrac = value_loss(
-                        state_values(value(batch)),
-                        batch["old_values"],
-                        batch["returns"],
-                        batch["mask"],
-                        cfg.cliprange_value,
-                    )
-                    (loss * share).backward()
-                    common.add_up(totals, share, vf_loss=loss, vf_clipfrac=clipfrac)
-                norm = torch.nn.utils.clip_grad_norm_(value.parameters(), cfg.max_grad_norm)
-                stats |= common.read_stats(totals, vf_grad_norm=norm)
-                value_optimizer.step()
-                value_optimizer.zero_grad()
+                if value:
+                    totals = {}
+                    for batch, share in batches:
+                        values = state_values(value(batch))  # (b, t)
+                        old_values, returns = batch["old_values"], batch["returns"]
+                        loss, clipfrac = value_loss(
+                            values, old_values, returns, batch["mask"], cfg.cliprange_value
+                        )
+                        (loss * share).backward()
+                        common.add_up(totals, share, vf_loss=loss, vf_clipfrac=clipfrac)
+                    norm = torch.nn.utils.clip_grad_norm_(value.parameters(), cfg.max_grad_norm)
+                    stats |= common.read_stats(totals, vf_grad_norm=norm)
+                    value_optimizer.step()
+                    value_optimizer.zero_grad()
             if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
                 break
         updated = time.perf_counter()
@@ -424,13 +440,9 @@ def main(cfg):
         # 5. Sync: pi_old <- pi, and the KL weights move towards their targets.
         sampler.sync(policy)
         metrics = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
-        metrics |= rollout_metrics(rollout, sum(sampler_logprobs, [])) | coefs
-        if cfg.kl_target and step > value_warmup:
-            kl_coef, kl = coefs["kl_coef"], metrics["kl"]
-            coefs["kl_coef"] = adapt_kl_coef(kl_coef, kl, cfg.kl_target, B, cfg.kl_horizon)
-        if cfg.objective == "kl" and step > value_warmup:
-            last_kl = history[-1]["approx_kl"]
-            coefs["beta"] = adapt_beta(coefs["beta"], last_kl, cfg.beta_target)
+        metrics |= rollout_metrics(rollout, sampler_logprobs) | coefs
+        if step > value_warmup:
+            adapt_coefs(coefs, metrics["kl"], history[-1]["approx_kl"], cfg)
 
         # From here on nothing is learned: metrics and samples.
         if gold:
@@ -453,18 +465,11 @@ def main(cfg):
             update_tokens_per_s=passes * sum(lengths) / (updated - scored),
             **metrics,
         )
-        if cfg.sample_every and step % cfg.sample_every == 0:
-            for i in range(min(2, B)):
-                text = tokenizer.decode(responses[i], skip_special_tokens=True)[:200]
-                question = common.as_text(questions[i]["prompt"])[-200:]
-                run.print(f"  {question}  ->  {text}  ({scores[i]:.2f})")
-        if cfg.trace and step % cfg.trace == 0:
-            question = common.as_text(questions[0]["prompt"])[-200:]
-            run.print(f"step {step}: {question}\n{trace_table(tokenizer, rollout)}")
+        print_samples(run, step, questions, responses, scores, rollout, tokenizer, cfg)
 
     after = common.answer_prompts(*evaluation)
     samples, results = common.compare(eval_prompts, before=before, after=after)
-    results["kl"] = sum(after["kl"]) / len(after["kl"])
+    results["kl"] = sum(after["kl"]) / len(after["kl"])  # to the reference, nats a response
     common.write_jsonl(run.out / "samples.jsonl", samples)
     run.finish(policy, tokenizer, results)
     common.print_answers(results, samples)
