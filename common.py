@@ -759,11 +759,6 @@ def make_optimizer(module, cfg, lr):
     trained = [p for p in prepare(module, cfg).parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-def add_up(totals, share, **stats):
-    """Add a micro-batch's statistics to the totals of its batch, weighted by its share of that."""
-    for name, stat in stats.items():
-        totals[name] = totals.get(name, 0) + stat.detach() * share
-
 def read_stats(totals, **grad_norms):
     """Scalars on the device, summed over the processes, and norms of gradients, as floats: the one
     time in an optimiser step that the host waits for the device. Raises UserError where one is not

@@ -33,6 +33,7 @@ Where this departs from the papers:
 """
 
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 
 import torch
@@ -106,26 +107,19 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     return rewards
 
 def group_advantages(rewards, mask, group):
-    """RLOO (Ahmadian et al. 2024): an episode's total reward, less the mean total of the other
-    answers to the same prompt, on each of its tokens: (B, T). A group is `group` consecutive rows.
-    """
-    totals = rewards.sum(1).view(-1, group)  # (B / group, group)
-    others = totals.sum(1, keepdim=True) - totals  # the sum of the others
+    """RLOO (Ahmadian et al. 2024): a total reward less the mean of its prompt's others: (B, T)."""
+    totals = rewards.sum(1).view(-1, group)  # (B / group, group): a prompt's answers in a row
+    others = totals.sum(1, keepdim=True) - totals  # their sum
     advantages = totals - others / (group - 1)
-    return advantages.view(-1, 1) * mask  # (B, 1) * (B, T)
+    return advantages.view(-1, 1) * mask  # (B, 1) * (B, T): the same on every token
 
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, objective="clip", cliprange=0.2, beta=0.0
 ):
-    """The policy's loss, minus the objective (8.20), (8.21) or (8.8), as a mean over real tokens.
-
-    Returns (loss, stats): approx_kl = KL(pi_old, pi) by the estimator (rho - 1) - log rho of
-    Schulman (2020), non-negative; clipfrac, the share of tokens whose gradient the clip cuts off
-    (or would, with another objective); ratio, the mean of rho.
-    """
+    """(loss, stats): minus the objective (8.20), (8.21) or (8.8). Means over real tokens."""
     logratio = (logprobs - old_logprobs) * mask  # (B, T)
     ratio = logratio.exp()  # rho_t; 1 on padding
-    kl = (ratio - 1) - logratio  # nats a token
+    kl = (ratio - 1) - logratio  # Schulman (2020): never negative, its mean is KL(pi_old, pi)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
     if objective == "clip":
@@ -137,7 +131,7 @@ def policy_loss(
     else:
         raise ValueError(f"objective {objective!r}: expected clip, kl or pg")
     with torch.no_grad():
-        cut = (clipped < unclipped).float()  # where min() takes a constant: no gradient
+        cut = (clipped < unclipped).float()  # 1 where the clip stops the gradient, or would
         stats = dict(approx_kl=masked_mean(kl, mask), clipfrac=masked_mean(cut, mask))
         stats["ratio"] = masked_mean(ratio, mask)
     return -masked_mean(gain, mask), stats
@@ -164,18 +158,14 @@ def adapt_coefs(coefs, kl, approx_kl, cfg):
             coefs["beta"] *= 2
 
 def state_values(outputs):
-    """V(s_t) from the value model's outputs (B, T). At token t it has read token t, so that is the
-    value of the next state, s_{t+1}: move it one to the right.
-    """
-    return torch.nn.functional.pad(outputs[:, :-1], (1, 0))  # (B, T), 0 at the first token
+    """V(s_t), (B, T): a value model that has read token t puts out V(s_{t+1}), one too far left."""
+    return torch.nn.functional.pad(outputs[:, :-1], (1, 0))
 
 def load_value(cfg, reward, device):
-    """The value model starts as the reward model; where there is none that reads the policy's
-    tokens, as the policy with a head of zeros.
-    """
+    """The value model starts as the reward model, or else as the policy with a head of zeros."""
     if reward and cfg.lora_rank:
         return reward  # its adapters are the value model's: scoring switches them off
-    if not reward:
+    if not reward:  # or it does not read the policy's tokens
         print("the value model starts from the policy with a zero head")
     start = cfg.reward if reward else cfg.policy
     dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA that of frozen models
@@ -198,27 +188,25 @@ def make_rollout(queries, responses, policy, ref, value, cfg):
 
     measured = common.evaluate(measure, examples, cfg, policy.lm.device)  # (B, T, 3 or 4)
     names = ["old_logprobs", "ref_logprobs", "entropy", "old_values"]
-    return common.collate(examples) | dict(zip(names, measured.unbind(-1)))  # each (B, T)
+    tensors = measured.unbind(-1)  # 3 or 4 of (B, T)
+    return common.collate(examples) | dict(zip(names, tensors))
 
-def micro_batches(rollout, rows, lengths, cfg, device):
-    """The minibatch `rows` in parts that fit the device: [(batch, share of its tokens), ...]. With
-    each part's mean loss times its share, gradients add up to those of the whole minibatch.
-    """
-    tokens = rollout["mask"][rows].sum()
+def micro_batches(rollout, minibatch, lengths, cfg, device):
+    """The episodes `minibatch` in parts that fit the device, each with its share of the tokens."""
+    tokens = rollout["mask"][minibatch].sum()  # response tokens
     budget = common.token_budget(cfg, device)  # padded tokens a part
     parts = []
-    for part in common.micro_batches(rows.tolist(), lengths, budget):
-        share = rollout["mask"][part].sum() / tokens
-        parts.append((common.take(rollout, part, device), share.item()))
+    for part in common.micro_batches(minibatch.tolist(), lengths, budget):
+        share = rollout["mask"][part].sum() / tokens  # parts' means times these add up
+        batch = common.take(rollout, part, device)  # (b, t), t the longest of them
+        parts.append((batch, share.item()))
     return parts
 
 def ptx_backward(policy, demonstrations, update, totals, cfg):
-    """PPO-ptx (InstructGPT, eq. 2): add the gradient of the SFT loss on batch `update` (from 1) of
-    the demonstrations, which keeps what was learned.
-    """
+    """PPO-ptx (InstructGPT, eq. 2): add the SFT loss's gradient, which keeps what was learned."""
     device = policy.lm.device
     size = cfg.batch_size // cfg.minibatches  # as many as the episodes of a minibatch
-    rows = common.epoch_batch(len(demonstrations), size, update, cfg.seed)
+    rows = common.epoch_batch(len(demonstrations), size, update, cfg.seed)  # update: from 1
     lengths = {i: len(demonstrations[i]["ids"]) for i in rows}
     tokens = sum(sum(demonstrations[i]["mask"]) for i in rows)  # to be learned, in the whole batch
     for part in common.micro_batches(rows, lengths, common.token_budget(cfg, device)):
@@ -226,19 +214,19 @@ def ptx_backward(policy, demonstrations, update, totals, cfg):
         logprobs, _ = policy(batch)  # (b, t), at temperature 1
         loss = -logprobs.sum() / tokens  # the parts add up to the batch's mean
         (cfg.ptx_coef * loss).backward()
-        common.add_up(totals, 1.0, ptx_loss=loss)
+        totals["ptx_loss"] += loss.detach()
 
 # Looking at what it does
 
-def print_samples(run, step, questions, responses, scores, rollout, tokenizer, cfg):
+def print_samples(run, questions, responses, scores, rollout, tokenizer, cfg):
     """On stderr, now and then: two answers, and with --trace the first one token by token."""
     asked = [common.as_text(question["prompt"])[-200:] for question in questions[:2]]
-    if cfg.sample_every and step % cfg.sample_every == 0:
+    if cfg.sample_every and run.step % cfg.sample_every == 0:
         for question, response, score in zip(asked, responses, scores):
             text = tokenizer.decode(response, skip_special_tokens=True)[:200]
             run.print(f"  {question}  ->  {text}  ({score:.2f})")
-    if cfg.trace and step % cfg.trace == 0:
-        run.print(f"step {step}: {asked[0]}\n{trace_table(tokenizer, rollout)}")
+    if cfg.trace and run.step % cfg.trace == 0:
+        run.print(f"step {run.step}: {asked[0]}\n{trace_table(tokenizer, rollout)}")
 
 def trace_table(tokenizer, rollout):
     """The first episode, a line a response token; with a value model, the advantage uncentred."""
@@ -261,13 +249,12 @@ def trace_table(tokenizer, rollout):
     return "\n".join(lines)
 
 def rollout_metrics(rollout, sampler_logprobs):
-    """Means over real tokens; `kl` and `reward` are sums over a response, averaged. sampler_gap is
-    how far the log-probs at sampling time, one token at a time, are from the training forward's.
-    """
+    """Means over real tokens; `kl` and `reward` are sums over a response, averaged."""
     mask = rollout["mask"]
     kl = rollout["old_logprobs"] - rollout["ref_logprobs"]  # (B, T), nats; 0 on padding
     sampled = torch.tensor(sum(sampler_logprobs, []))  # (N,): one response after the other
-    gaps = (sampled - rollout["old_logprobs"][mask.bool()]).abs()  # (N,): of equal models, rounding
+    trained = rollout["old_logprobs"][mask.bool()]  # (N,): likewise
+    gaps = (sampled - trained).abs()  # the sampler's forward against the training one: rounding
     metrics = dict(
         kl=kl.sum(1).mean().item(),
         reward=rollout["rewards"].sum(1).mean().item(),
@@ -280,21 +267,23 @@ def rollout_metrics(rollout, sampler_logprobs):
         returns = rollout["returns"]
         error = masked_variance(returns - rollout["old_values"], mask)
         variance = masked_variance(returns, mask)
-        # 1: V foretells every return; 0: no better than their mean.
-        metrics["explained_variance"] = 1 - (error / (variance + 1e-8)).item()
+        unexplained = error / (variance + 1e-8)
+        metrics["explained_variance"] = 1 - unexplained.item()  # 1: V foretells every return
     return metrics
 
-# Algorithm 1
-
-def main(cfg):
-    per_prompt = cfg.group if cfg.advantage == "group" else 1  # answers to each prompt of a rollout
-    for name, number in dict(minibatches=cfg.minibatches, group=per_prompt).items():
-        if cfg.batch_size % number:
-            raise common.UserError(f"--batch_size: expected a multiple of --{name} {number}")
+def main(cfg):  # Algorithm 1
+    B, expected = cfg.batch_size, "--batch_size: expected a multiple of"
+    by_value = cfg.advantage == "gae"
+    per_prompt = 1 if by_value else cfg.group  # answers to each prompt of a rollout
+    if B % cfg.minibatches:
+        raise common.UserError(f"{expected} --minibatches {cfg.minibatches}")
+    if B % per_prompt:
+        raise common.UserError(f"{expected} --group {per_prompt}")
     of_gae = ["gamma", "lam", "whiten", "value_lr", "value_warmup", "cliprange_value"]
-    names = of_gae if cfg.advantage == "group" else ["group"]
+    names = ["group"] if by_value else of_gae
     given, default = asdict(cfg), asdict(Config())
-    if unused := [f"--{name}" for name in names if given[name] != default[name]]:
+    unused = [f"--{name}" for name in names if given[name] != default[name]]
+    if unused:
         print(f"--advantage {cfg.advantage} has no use for {', '.join(unused)}")
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)  # the folder --out: metrics, checkpoints, the result
@@ -309,15 +298,17 @@ def main(cfg):
     # policy(batch, temperature) gives log-probs and entropy, value(batch) an output at each token:
     # (B, T); score(questions, responses) gives (B,).
     limit = cfg.max_prompt_tokens + cfg.max_new_tokens  # tokens of an episode
-    policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device), limit)
+    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA as frozen models
+    policy = common.load_policy(cfg.policy, device, dtype, limit)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.add_lora(policy, cfg)  # only with --lora_rank
     ref = policy
     if cfg.ref or not cfg.lora_rank:
-        ref = common.load_policy(cfg.ref or cfg.policy, device, common.frozen_dtype(device), limit)
+        dtype = common.frozen_dtype(device)  # bfloat16 on a GPU
+        ref = common.load_policy(cfg.ref or cfg.policy, device, dtype, limit)
         common.prepare(ref.requires_grad_(False), cfg)  # compile and shard, where asked for
-    score, reward = common.load_score(cfg, policy, tokenizer, adapters=cfg.advantage == "gae")
-    value = load_value(cfg, reward, device) if cfg.advantage == "gae" else None
+    score, reward = common.load_score(cfg, policy, tokenizer, adapters=by_value)
+    value = load_value(cfg, reward, device) if by_value else None
     gold = common.load_gold(cfg, cfg.data, tokenizer)  # a judge for the metrics, or None
 
     models = [model for model in (policy, ref, value, reward) if model]
@@ -329,23 +320,22 @@ def main(cfg):
         room = min(limit, common.context_length(policy.lm))
         demonstrations = common.load_demonstrations(rows, tokenizer, eos, room)
 
-    B = cfg.batch_size
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
-    slots = min(cfg.slots, B // common.world_size())
+    slots = min(cfg.slots, B // common.world_size())  # each process samples its share
     sampling = common.sampling_copy(policy, cfg)  # pi_old: the policy itself, or a copy
-    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
     policy_optimizer = common.make_optimizer(policy, cfg, cfg.lr)
     trained = dict(policy=(policy, policy_optimizer))
     if value:
         value_optimizer = common.make_optimizer(value, cfg, cfg.value_lr)
         trained["value"] = (value, value_optimizer)
+    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
     evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
     before = common.answer_prompts(*evaluation)  # of the policy as it starts, in a resumed run too
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
     run.begin(**trained, coefs=coefs)  # what a checkpoint holds; --resume loads it
     sampler.sync(policy)  # run.begin may have loaded a checkpoint's policy
 
-    epochs = 1 if cfg.objective == "pg" else cfg.ppo_epochs
+    epochs = 1 if cfg.objective == "pg" else cfg.ppo_epochs  # K
     value_warmup = cfg.value_warmup if value else 0  # steps
     print(
         f"PPO ({cfg.objective}, {cfg.advantage}) on {device}: {' and '.join(trained)} of "
@@ -375,12 +365,12 @@ def main(cfg):
 
         # 3. Advantages: how much better than expected each token did.
         if value:
-            old_values = rollout["old_values"]
-            advantages, returns = common.gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-            advantages = whiten(advantages, mask, scale=cfg.whiten)
+            advantages, rollout["returns"] = common.gae(
+                rewards, rollout["old_values"], mask, cfg.gamma, cfg.lam
+            )
+            advantages = whiten(advantages, mask, scale=cfg.whiten)  # over the whole rollout
             if cfg.objective == "pg":  # (8.8): the episode's total reward R, with no baseline
                 advantages = rewards.sum(1, keepdim=True) * mask
-            rollout["returns"] = returns
         else:
             advantages = group_advantages(rewards, mask, cfg.group)
         rollout |= dict(rewards=rewards, advantages=advantages)  # (B, T)
@@ -393,12 +383,12 @@ def main(cfg):
         shuffle = common.make_generator("cpu", cfg.seed, step, "minibatches")
         history = []  # the statistics of each minibatch
         for _ in range(epochs):
-            for rows in torch.randperm(B, generator=shuffle).chunk(cfg.minibatches):
-                batches = micro_batches(rollout, rows, lengths, cfg, device)
-                totals = {}  # statistics, as tensors on the device
+            for minibatch in torch.randperm(B, generator=shuffle).chunk(cfg.minibatches):
+                batches = micro_batches(rollout, minibatch, lengths, cfg, device)
+                totals = defaultdict(float)  # the minibatch's means, tensors on the device
                 for batch, share in batches:
                     logprobs, _ = policy(batch, cfg.temperature)  # (b, t), of pi
-                    loss, stats = policy_loss(
+                    loss, measured = policy_loss(
                         logprobs,
                         batch["old_logprobs"],
                         batch["advantages"],
@@ -408,19 +398,20 @@ def main(cfg):
                         beta=coefs["beta"],
                     )
                     (loss * share).backward()
-                    common.add_up(totals, share, pg_loss=loss, **stats)
+                    totals["pg_loss"] += loss.detach() * share
+                    for name, mean in measured.items():
+                        totals[name] += mean * share
                 if cfg.ptx_coef:
                     update = (step - 1) * epochs * cfg.minibatches + len(history) + 1
                     ptx_backward(policy, demonstrations, update, totals, cfg)
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                stats = common.read_stats(totals, grad_norm=norm)  # raises where not finite
+                stats = common.read_stats(totals, grad_norm=norm)  # floats; raises where not finite
                 if step > value_warmup:
                     policy_optimizer.step()
                 policy_optimizer.zero_grad()  # only one model at a time holds gradients
                 history.append(stats)  # the value model's are added below
-
                 if value:
-                    totals = {}
+                    totals = defaultdict(float)
                     for batch, share in batches:
                         values = state_values(value(batch))  # (b, t)
                         old_values, returns = batch["old_values"], batch["returns"]
@@ -428,7 +419,8 @@ def main(cfg):
                             values, old_values, returns, batch["mask"], cfg.cliprange_value
                         )
                         (loss * share).backward()
-                        common.add_up(totals, share, vf_loss=loss, vf_clipfrac=clipfrac)
+                        totals["vf_loss"] += loss.detach() * share
+                        totals["vf_clipfrac"] += clipfrac * share
                     norm = torch.nn.utils.clip_grad_norm_(value.parameters(), cfg.max_grad_norm)
                     stats |= common.read_stats(totals, vf_grad_norm=norm)
                     value_optimizer.step()
@@ -437,10 +429,12 @@ def main(cfg):
                 break
         updated = time.perf_counter()
 
-        # 5. Sync: pi_old <- pi, and the KL weights move towards their targets.
+        # 5. Sync: pi_old <- pi; and the KL weights move towards their targets.
         sampler.sync(policy)
-        metrics = {key: sum(h[key] for h in history) / len(history) for key in history[0]}
-        metrics |= rollout_metrics(rollout, sampler_logprobs) | coefs
+        metrics = {}  # means over the minibatches
+        for key in history[0]:
+            metrics[key] = sum(stats[key] for stats in history) / len(history)
+        metrics |= rollout_metrics(rollout, sampler_logprobs) | coefs  # those of this step
         if step > value_warmup:
             adapt_coefs(coefs, metrics["kl"], history[-1]["approx_kl"], cfg)
 
@@ -465,7 +459,7 @@ def main(cfg):
             update_tokens_per_s=passes * sum(lengths) / (updated - scored),
             **metrics,
         )
-        print_samples(run, step, questions, responses, scores, rollout, tokenizer, cfg)
+        print_samples(run, questions, responses, scores, rollout, tokenizer, cfg)
 
     after = common.answer_prompts(*evaluation)
     samples, results = common.compare(eval_prompts, before=before, after=after)

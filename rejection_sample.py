@@ -30,6 +30,7 @@ Where this departs from the papers:
 import json
 import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +42,7 @@ import common
 from common import flag
 
 @dataclass
-class Config(common.Settings):
+class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
     # models and data
     policy: str = flag("out/sft", "where it starts; out/sft is made if missing")
     reward: str = flag("", "reward model; empty: out/reward, or none with --pairs")
@@ -81,10 +82,8 @@ def best_of_n(rewards):
     return rewards.argmax(-1)
 
 def best_of_n_kl(n):
-    """log N - (N-1)/N: at most how far, in nats, best-of-N is from the policy it samples from.
-    Exact when no two answers can have the same reward (Beirami et al. 2024).
-    """
-    return math.log(n) - (n - 1) / n
+    """At most how far, in nats, best-of-N is from the policy it samples (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n  # exact where no two answers have the same reward
 
 def statistical_rejection(rewards, num_samples, beta, rng):
     """Which of N answers RSO accepts (Liu et al. 2023, algorithm 1): `num_samples` indices.
@@ -94,16 +93,17 @@ def statistical_rejection(rewards, num_samples, beta, rng):
     every round takes its best one; a small beta takes the best ones, a large one any. `rng` is a
     numpy Generator. Raises ValueError where nothing would be rejected or beta is not positive.
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
+    rewards = np.asarray(rewards, dtype=np.float64)  # (N,)
     if not 0 < num_samples < len(rewards):
         raise ValueError(f"num_samples {num_samples}: expected 1 to {len(rewards) - 1}")
     if not beta > 0 or not np.isfinite(rewards).all():
         raise ValueError("expected beta over 0 and finite rewards")
-    accepted, left = [], rng.permutation(len(rewards))
+    accepted, left = [], rng.permutation(len(rewards))  # indices of answers
     while len(accepted) < num_samples:
-        taken = rng.random(len(left)) < np.exp((rewards[left] - rewards[left].max()) / beta)
+        below = rewards[left] - rewards[left].max()  # 0 for the best of them
+        taken = rng.random(len(left)) < np.exp(below / beta)
         accepted += left[taken].tolist()
-        left = left[~taken]
+        left = left[~taken]  # the best one is never among them, so it ends
     return accepted[:num_samples]
 
 def rank_pairs(rewards, method):
@@ -118,8 +118,10 @@ def rank_pairs(rewards, method):
     while len(players) > 1:
         winners = []
         for a, b in zip(players[::2], players[1::2]):
-            winner, loser = (a, b) if rewards[a] >= rewards[b] else (b, a)
-            winners.append(winner)
+            winner, loser = a, b
+            if rewards[a] < rewards[b]:
+                winner, loser = b, a
+            winners.append(winner)  # of equals, the first
             if rewards[winner] > rewards[loser]:
                 pairs.append((winner, loser))
         if method == "first_round":
@@ -129,7 +131,7 @@ def rank_pairs(rewards, method):
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, loss="sigmoid"):
     """The mean loss of B pairs, from the summed log-probs (B,) of their responses: a scalar."""
-    h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,)
+    h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # (B,), nats
     if loss == "sigmoid":
         return -F.logsigmoid(beta * h).mean()
     if loss == "hinge":
@@ -141,69 +143,59 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
 # 1 Sample
 
 def sample_and_score(sampler, score, prompts, key, cfg):
-    """N answers to each prompt: dicts of prompt, prompt_ids, responses (token ids), scores, whether
-    each ended by itself, and the rewards to choose by: scores less the penalty of those cut.
-    """
-    queries = [p["ids"] for p in prompts for _ in range(cfg.n)]
-    responses, _ = sampler.sample(queries, *key)
-    # Each different answer is scored once: it is cheaper, and equal answers get equal scores,
-    # which padding to other lengths would not promise.
+    """N answers to each prompt and their scores: a dict a prompt, the lines of candidates.jsonl."""
+    queries = [prompt["ids"] for prompt in prompts for _ in range(cfg.n)]
+    responses, _ = sampler.sample(queries, *key)  # n to each prompt, in a row
     answers = [(i // cfg.n, tuple(response)) for i, response in enumerate(responses)]
-    different = sorted(set(answers))
-    asked = [prompts[i] for i, _ in different]
+    different = sorted(set(answers))  # each scored once: padding may not give equals equal scores
+    asked = [prompts[i] for i, _ in different]  # i: number of the prompt
     scores = score(asked, [list(response) for _, response in different])
     score_of = dict(zip(different, scores.tolist()))
     candidates = []
     for i, prompt in enumerate(prompts):
-        group = dict(prompt=prompt["prompt"], prompt_ids=prompt["ids"])
         own = responses[i * cfg.n : (i + 1) * cfg.n]
-        group["responses"] = own
-        group["scores"] = [score_of[i, tuple(response)] for response in own]
-        group["ended"] = [response[-1] in sampler.eos_ids for response in own]
-        group["rewards"] = [
-            score if ended else score - cfg.missing_eos_penalty
-            for score, ended in zip(group["scores"], group["ended"])
-        ]
-        candidates.append(group)
+        scores = [score_of[i, tuple(response)] for response in own]
+        ended = [response[-1] in sampler.eos_ids for response in own]  # not cut at the limit
+        penalties = [0.0 if whole else cfg.missing_eos_penalty for whole in ended]
+        rewards = [score - penalty for score, penalty in zip(scores, penalties)]  # to choose by
+        group = dict(prompt=prompt["prompt"], prompt_ids=prompt["ids"], responses=own)
+        candidates.append(group | dict(scores=scores, ended=ended, rewards=rewards))
     return candidates
 
 def sample_candidates(run, name, sampler, score, prompts, cfg):
-    """The answers to all prompts, through the file `name` of the run, a line a prompt.
-
-    They are written part by part; what an interrupted run left there is not sampled again.
-    """
+    """The answers to all prompts, by way of the run's file `name`: what it holds is not redone."""
     path = run.out / f"{name}.jsonl"
     size = max(1, 4 * cfg.slots // cfg.n)  # prompts a part: their answers keep the slots busy
     with common.reading(path):
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        # A kill may leave half a line; a part that was not written to its end is sampled again.
+        written = path.read_bytes() if path.exists() else b""
+        lines = written.splitlines(keepends=True)  # a kill may leave half a line
         candidates = [json.loads(line) for line in lines if line.endswith(b"\n")]
         answered = [group["prompt_ids"] for group in candidates]
     if answered != [p["ids"] for p in prompts[: len(candidates)]]:
         raise common.UserError(f"{path}: answers to other prompts than --data holds now")
     if len(candidates) < len(prompts):
-        candidates = candidates[: len(candidates) // size * size]
+        candidates = candidates[: len(candidates) // size * size]  # whole parts
     common.gather([])  # wait until each process has read it
     common.write_jsonl(path, candidates)
     starts = range(len(candidates), len(prompts), size)
     for start in tqdm(starts, desc=name, disable=common.rank() > 0):
-        part = start // size + 1
-        common.seed_global(cfg.seed, part)
-        some = prompts[start : start + size]
-        new = sample_and_score(sampler, score, some, (cfg.seed, name, part), cfg)
+        part = start // size + 1  # counted from 1
+        common.seed_global(cfg.seed, part)  # for a --reward_fn that draws
+        key = (cfg.seed, name, part)  # so that a resumed run draws the same
+        new = sample_and_score(sampler, score, prompts[start : start + size], key, cfg)
         if common.rank() == 0:
             with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+                for group in new:
+                    file.write(json.dumps(group, ensure_ascii=False) + "\n")
         candidates += new
     return candidates
 
 # 2 Select
 
 def best_index(group, cfg):
-    """The best of a prompt's answers. One that was cut only where none ended, or where that is no
-    fault: without --missing_eos_penalty.
-    """
-    rewards, ended = torch.tensor(group["rewards"]), torch.tensor(group["ended"])
+    """The best of a prompt's answers; one that was cut only where none ended, or at no penalty."""
+    rewards = torch.tensor(group["rewards"])  # (N,)
+    ended = torch.tensor(group["ended"])  # (N,)
     if cfg.missing_eos_penalty and ended.any():
         rewards = rewards.masked_fill(~ended, -torch.inf)
     return int(best_of_n(rewards[None]))
@@ -216,10 +208,10 @@ def choose_pairs(group, number, cfg):
         if rewards[best] > rewards[worst]:
             pairs = [(best, worst)]
     else:
-        rng = np.random.default_rng([cfg.seed, number])
+        rng = np.random.default_rng([cfg.seed, number])  # number: of the prompt
         accepted = statistical_rejection(rewards, cfg.num_samples, cfg.rso_beta, rng)
         ranked = rank_pairs([rewards[i] for i in accepted], cfg.rank)
-        pairs = [(accepted[winner], accepted[loser]) for winner, loser in ranked]
+        pairs = [(accepted[i], accepted[j]) for i, j in ranked]
     if cfg.missing_eos_penalty:
         pairs = [(winner, loser) for winner, loser in pairs if ended[winner]]
     return pairs
@@ -229,18 +221,19 @@ def select(run, prompts, candidates, tokenizer, cfg):
     demonstrations, preferences, pairs = [], [], []
     for number, (prompt, group) in enumerate(zip(prompts, candidates)):
         line = {key: prompt[key] for key in ("prompt", "tools") if key in prompt}
-        responses = group["responses"]
+        responses = group["responses"]  # token ids
         texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-        if not isinstance(prompt["prompt"], str):
+        if not isinstance(prompt["prompt"], str):  # to messages, a message is the answer
             texts = [[dict(role="assistant", content=text)] for text in texts]
         best = best_index(group, cfg)
-        if group["ended"][best]:
+        if group["ended"][best]:  # SFT must not teach to stop in the middle
             demonstrations.append(line | dict(completion=texts[best]))
         for winner, loser in choose_pairs(group, number, cfg):
             if texts[winner] != texts[loser]:  # they may differ in token ids alone
                 preferences.append(line | dict(chosen=texts[winner], rejected=texts[loser]))
-                pair = [responses[winner], responses[loser]]
-                pairs.append([common.join(prompt["ids"], response) for response in pair])
+                chosen = common.join(prompt["ids"], responses[winner])
+                rejected = common.join(prompt["ids"], responses[loser])
+                pairs.append([chosen, rejected])
     rate = np.mean([group["ended"] for group in candidates])
     print(f"{len(candidates)} prompts with {cfg.n} answers each; {rate:.1%} ended by themselves")
     if cfg.method == "best_of_n":
@@ -260,8 +253,7 @@ def load_pairs(rows, tokenizer, ends, max_length):
         pair = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
         if pair[0] == pair[1]:
             raise common.Unlearnable(f"{row['where']}: chosen and rejected are the same")
-        lengths = [len(example["ids"]) for example in pair]
-        return pair, max(lengths)
+        return pair, max(len(example["ids"]) for example in pair)
 
     return common.read_all(rows, read, max_length, "pairs")
 
@@ -275,10 +267,9 @@ def held_out_accuracy(policy, ref, pairs, cfg):
         return logprobs.sum(1) - ref_logprobs.sum(1)
 
     examples = [example for pair in pairs for example in pair]
-    up, down = common.evaluate(logratio, examples, cfg, policy.lm.device).view(-1, 2).unbind(1)
-    return ((up - down).sign() + 1).mean().item() / 2
-
-# Looking at what it does
+    logratios = common.evaluate(logratio, examples, cfg, policy.lm.device)  # (2B,)
+    h = logratios[0::2] - logratios[1::2]  # (B,): chosen less rejected
+    return (h.sign() + 1).mean().item() / 2
 
 def judge_best(prompts, candidates, gold, tokenizer, cfg):
     """Best-of-N on held-out prompts, as `common.answer_prompts` gives a policy's answers."""
@@ -298,10 +289,12 @@ def answer(cfg, device):
     common.prepare(policy.requires_grad_(False), cfg)
     score, _ = common.load_score(cfg, policy, tokenizer)
     eos = common.stop_ids(policy.lm, tokenizer)
-    lines = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
+    lines = [cfg.prompt]
+    if cfg.prompt == "-":
+        lines = (line.rstrip("\n") for line in sys.stdin)  # each answered as it comes
     for number, text in enumerate(line for line in lines if line.strip()):
         rows = [dict(prompt=text, where="--prompt")]
-        prompts = common.load_prompts(rows, tokenizer, cfg, policy)
+        prompts = common.load_prompts(rows, tokenizer, cfg, policy)  # the one
         longest = len(prompts[0]["ids"]) + cfg.max_new_tokens
         slots = min(cfg.slots, cfg.n)
         sampler = common.Sampler(policy, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
@@ -309,23 +302,28 @@ def answer(cfg, device):
         [found] = sample_and_score(sampler, score, prompts, key, cfg)
         sampler.close()
         print(text)
-        for i in torch.tensor(found["scores"]).argsort(descending=True).tolist():
+        scores = torch.tensor(found["scores"])  # (N,)
+        for i in scores.argsort(descending=True).tolist():
             said = tokenizer.decode(found["responses"][i], skip_special_tokens=True)
-            said = said.replace("\n", "\n" + " " * 10) + ("" if found["ended"][i] else " ...")
-            print(f"{found['scores'][i]:8.2f}  {said}")
+            said = said.replace("\n", "\n" + " " * 10)  # further lines under the first
+            cut = "" if found["ended"][i] else " ..."
+            print(f"{found['scores'][i]:8.2f}  {said}{cut}")
         sys.stdout.flush()
 
 def main(cfg):
-    cfg = replace(cfg, n=cfg.n or (64 if cfg.method == "rso" else 8))
+    few = 64 if cfg.method == "rso" else 8
+    cfg = replace(cfg, n=cfg.n or few)
     if not cfg.pairs:
         cfg = replace(cfg, reward=cfg.reward or "out/reward")
     device = common.choose_device(cfg.device)
-    if cfg.method == "rso" and cfg.num_samples >= cfg.n and not (cfg.pairs or cfg.prompt):
+    trains = cfg.loss != "none"
+    rejects = cfg.method == "rso" and not cfg.pairs and not cfg.prompt
+    if rejects and cfg.num_samples >= cfg.n:
         why = f"of {cfg.n} answers (--n) none would be rejected"
         raise common.UserError(f"--num_samples {cfg.num_samples}: {why}")
-    if cfg.method == "best_of_n" and cfg.n == 1 and cfg.loss != "none" and not cfg.prompt:
+    if trains and cfg.method == "best_of_n" and cfg.n == 1 and not cfg.prompt:
         raise common.UserError("--n 1: no two answers, so no pair to learn from (--loss none)")
-    if cfg.pairs and (cfg.loss == "none" or cfg.prompt):
+    if cfg.pairs and (not trains or cfg.prompt):
         raise common.UserError("--pairs trains on pairs: it goes with no --loss none, no --prompt")
     if cfg.prompt and common.world_size() > 1:
         raise common.UserError("--prompt: in one process, without torchrun")
@@ -334,42 +332,41 @@ def main(cfg):
         answer(cfg, device)
         return
 
-    run = common.Run(cfg)
+    run = common.Run(cfg)  # the folder --out: metrics, checkpoints, the result
     data = cfg.pairs or cfg.data
     rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_prompts.jsonl")
-    common.make_missing_stages(cfg)
-    # With LoRA the reference is the policy without its adapter.
-    limit = max(cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_length)
-    policy = common.load_policy(cfg.policy, device, common.trained_dtype(cfg, device), limit)
+    common.make_missing_stages(cfg)  # out/sft and out/reward
+    limit = max(cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_length)  # tokens
+    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA as frozen models
+    policy = common.load_policy(cfg.policy, device, dtype, limit)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
-    common.add_lora(policy, cfg)
-    ref = policy
-    if cfg.loss != "none" and not cfg.lora_rank:
-        ref = common.load_policy(cfg.policy, device, common.frozen_dtype(device), limit)
-        common.prepare(ref.requires_grad_(False), cfg)
+    common.add_lora(policy, cfg)  # only with --lora_rank
+    ref = policy  # with LoRA: without its adapter
+    if trains and not cfg.lora_rank:
+        dtype = common.frozen_dtype(device)  # bfloat16 on a GPU
+        ref = common.load_policy(cfg.policy, device, dtype, limit)
+        common.prepare(ref.requires_grad_(False), cfg)  # compile and shard, where asked for
     score = reward = None
     if cfg.reward or cfg.reward_fn:
         score, reward = common.load_score(cfg, policy, tokenizer)
-    models = [model for model in (policy, reward) if model]
-    gold = common.load_gold(cfg, data, tokenizer)
-    eos = common.stop_ids(policy.lm, tokenizer)
+    models = [model for model in (policy, reward) if model]  # that must have room for a prompt
+    gold = common.load_gold(cfg, data, tokenizer)  # a judge for the results, or None
+    eos = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
     prompts = [] if cfg.pairs else common.load_prompts(rows, tokenizer, cfg, *models)
     if cfg.pairs:
-        room = min(cfg.max_length, common.context_length(policy.lm))
+        room = min(cfg.max_length, common.context_length(policy.lm))  # tokens
         pairs = load_pairs(rows, tokenizer, eos, room)
         eval_rows = [row for row in eval_rows if "chosen" in row]
         eval_pairs = load_pairs(eval_rows, tokenizer, eos, room) if eval_rows else []
 
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
-    sampling = common.sampling_copy(policy, cfg)
+    sampling = common.sampling_copy(policy, cfg)  # the policy itself, or a copy
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)
-    sampler = common.Sampler(
-        sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, cfg.slots
-    )
+    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, cfg.slots)
     evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
     answers, results = dict(before=common.answer_prompts(*evaluation)), {}
-    run.begin(policy=(policy, optimizer))
+    run.begin(policy=(policy, optimizer))  # what a checkpoint holds; --resume loads it
 
     if not cfg.pairs:
         # 1. Sample.
@@ -379,14 +376,17 @@ def main(cfg):
         best = sample_candidates(run, "eval_candidates", sampler, score, eval_prompts, cfg)
         answers["best_of_n"] = judge_best(eval_prompts, best, gold, tokenizer, cfg)
         results["kl_best_of_n"] = best_of_n_kl(cfg.n)  # at most
-    sampler.close()  # the training needs the memory
+    sampler.close()  # training needs the memory of its K/V cache
 
-    if cfg.loss != "none":
+    if trains:
         # 3. Preference step, against the frozen policy it started from.
         if not pairs:
             raise common.UserError("no pairs to learn from: see the counts above")
         steps = common.total_steps(cfg, len(pairs))
-        lengths = [2 * max(len(e["ids"]) for e in pair) for pair in pairs]  # a pair stays together
+        lengths = []  # padded tokens, of a pair that stays together
+        for chosen, rejected in pairs:
+            lengths.append(2 * max(len(chosen["ids"]), len(rejected["ids"])))
+        budget = common.token_budget(cfg, device)  # padded tokens a forward
         print(
             f"Preference step ({cfg.loss}) on {device}: {policy.lm.num_parameters() / 1e6:.1f}M "
             f"parameters, {len(pairs)} pairs, {steps} steps of {cfg.batch_size}"
@@ -394,27 +394,26 @@ def main(cfg):
         for step in run.steps(steps):
             lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
             indices = common.epoch_batch(len(pairs), cfg.batch_size, step, cfg.seed)
-            totals = {}
-            for part in common.micro_batches(indices, lengths, common.token_budget(cfg, device)):
-                batch = common.collate([example for i in part for example in pairs[i]], device)
+            totals = defaultdict(float)  # the batch's means, tensors on the device
+            for part in common.micro_batches(indices, lengths, budget):
+                examples = [example for i in part for example in pairs[i]]  # chosen, rejected, ...
+                batch = common.collate(examples, device)
                 logprobs, ref_logprobs = common.both_logprobs(policy, ref, batch, cfg.temperature)
-                chosen, rejected = logprobs.sum(1).view(-1, 2).unbind(1)  # (b,), (b,)
-                ref_chosen, ref_rejected = ref_logprobs.sum(1).view(-1, 2).unbind(1)
+                logprobs, ref_logprobs = logprobs.sum(1), ref_logprobs.sum(1)  # (2b,), (2b,)
+                chosen, rejected = logprobs[0::2], logprobs[1::2]  # (b,), (b,)
+                ref_chosen, ref_rejected = ref_logprobs[0::2], ref_logprobs[1::2]
                 loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss)
                 share = len(part) / len(indices)  # every pair weighs the same
                 (loss * share).backward()
-                up, down = chosen - ref_chosen, rejected - ref_rejected
-                common.add_up(
-                    totals,
-                    share,
-                    loss=loss,
-                    accuracy=((up - down).sign() + 1).mean() / 2,
-                    margin=cfg.beta * (up - down).mean(),
-                    chosen_logratio=up.mean(),
-                    rejected_logratio=down.mean(),
-                )
+                up, down = (chosen - ref_chosen).detach(), (rejected - ref_rejected).detach()
+                right = ((up - down).sign() + 1) / 2  # (b,): 1, of a tie 0.5
+                totals["loss"] += loss.detach() * share
+                totals["accuracy"] += right.mean() * share
+                totals["margin"] += cfg.beta * (up - down).mean() * share
+                totals["chosen_logratio"] += up.mean() * share
+                totals["rejected_logratio"] += down.mean() * share
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            stats = common.read_stats(totals, grad_norm=grad_norm)
+            stats = common.read_stats(totals, grad_norm=grad_norm)  # raises where not finite
             optimizer.step()
             optimizer.zero_grad()
             run.log(("loss", "accuracy", "margin"), lr=lr, **stats)
@@ -425,9 +424,9 @@ def main(cfg):
         results["kl"] = sum(answers["after"]["kl"]) / len(eval_prompts)
 
     samples, means = common.compare(eval_prompts, **answers)
-    results = means | results
+    results = means | results  # for eval.json
     common.write_jsonl(run.out / "samples.jsonl", samples)
-    run.finish(policy if cfg.loss != "none" else None, tokenizer, results)
+    run.finish(policy if trains else None, tokenizer, results)
     common.print_answers(results, samples)
 
 if __name__ == "__main__":

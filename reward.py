@@ -9,10 +9,9 @@ Three ways to judge, three losses, all on the score that a linear head reads at 
     pairwise   {"prompt", "chosen", "rejected"}   L = -E[log sigma(r(x,y+) - r(x,y-))]
     listwise   {"prompt", "responses", "ranks"}   the same, averaged over all C(K,2) pairs
 
-As in InstructGPT, the K responses of a ranking are forwarded once each, not once a pair, and the
-saved model is centred: the mean score of the best training responses is stored in its config
-(`reward_mean`) and subtracted wherever this project scores. Held-out `accuracy` is the share of
-response pairs that the model orders as the judge did; a tie counts half.
+As in InstructGPT, a ranking's K responses are forwarded once each, and the saved model is centred:
+the mean score of the best training responses (`reward_mean` in its config) is subtracted wherever
+we score. Held-out `accuracy` is the share of pairs ordered as the judge did; a tie counts half.
 """
 
 import math
@@ -29,7 +28,7 @@ from common import flag
 EMBEDDED_DATA = dict(pointwise="scores.jsonl", pairwise="pairs.jsonl", listwise="rankings.jsonl")
 
 @dataclass
-class Config(common.Settings):
+class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
     # model and data
     model: str = flag("out/sft", "SFT model: folder or hub name")
     loss: str = flag("pairwise", "what the judgements are", choices=list(EMBEDDED_DATA))
@@ -56,23 +55,20 @@ def pairwise_loss(chosen, rejected):
 
 def listwise_loss(rewards, ranks, mask=None):
     """Bradley-Terry over all pairs of each ranking (InstructGPT eq. 1): (B, K), (B, K) -> scalar.
-
-    Rank 1 is best, a tie is no pair, and `mask` (B, K) is 0 where a list has fewer than K
-    responses. The mean is over a list's pairs first, then over the lists that have a pair, so that
-    long lists do not outweigh short ones.
+    Rank 1 is best, a tie is no pair; `mask` (B, K) is 0 past the end of a list.
     """
-    better = (ranks[:, :, None] < ranks[:, None, :]).float()  # (B, K, K): i beats j
+    better = (ranks[:, :, None] < ranks[:, None, :]).float()  # (B, K, K): 1 where i beats j
     if mask is not None:
         better = better * mask[:, :, None] * mask[:, None, :]
-    margin = rewards[:, :, None] - rewards[:, None, :]
-    pairs = better.sum((1, 2))  # (B,)
-    per_list = -(F.logsigmoid(margin) * better).sum((1, 2)) / pairs.clamp(min=1)
-    return per_list.sum() / (pairs > 0).sum().clamp(min=1)
-
-# Judgements: whatever the form, K responses to one prompt with their ranks, or one with its score
+    margins = rewards[:, :, None] - rewards[:, None, :]  # (B, K, K)
+    losses = -(F.logsigmoid(margins) * better).sum((1, 2))  # (B,)
+    pairs = better.sum((1, 2))  # (B,): how many
+    lists = (pairs > 0).sum()  # how many have a pair
+    per_list = losses / pairs.clamp(min=1)  # the mean of each list first: all weigh the same
+    return per_list.sum() / lists.clamp(min=1)
 
 @dataclass
-class Judgement:
+class Judgement:  # K responses to one prompt with their ranks, or one with its score
     examples: list  # K examples: prompt + response
     targets: list  # K ranks, 1 is best; for a point, its score
     form: str  # pointwise | pairwise | listwise
@@ -84,30 +80,33 @@ def form_of(row):
 
 def read_judgement(tokenizer, ends, row):
     """One line of data as a Judgement. Raises common.UserError naming the line and the key."""
-    where = row["where"]
-    form = form_of(row)
+    where, form = row["where"], form_of(row)  # where: file:line
     prompt, responses = common.prompt_and_responses(row)
     if form == "pairwise":
         targets = [1, 2]
     elif form == "listwise":
         targets = row.get("ranks")
-        numbers = isinstance(targets, list) and all(type(r) is int for r in targets)
-        if not numbers or not all(1 <= r < 2**31 for r in targets) or len(targets) < 2:
+        right = isinstance(targets, list) and len(targets) > 1
+        if not right or not all(type(r) is int and 1 <= r < 2**31 for r in targets):
             raise common.UserError(f'{where}: "ranks" must be two or more whole numbers from 1')
     else:
-        targets = [row.get("score")]
-        if type(targets[0]) not in (int, float) or not abs(targets[0]) < 1e30:
+        score = row.get("score")
+        targets = [score]
+        if type(score) not in (int, float) or not abs(score) < 1e30:  # NaN is not, either
             what = 'no "chosen" and "rejected", no "responses", and "score" is no finite number'
             raise common.UserError(f"{where}: {what}")
     if len(responses) != len(targets):
         raise common.UserError(f"{where}: {len(responses)} responses, expected {len(targets)}")
     examples = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
     if form != "pointwise":
-        same = all(example == examples[0] for example in examples)
+        same = all(example == examples[0] for example in examples)  # as token ids
         if same or len(set(targets)) == 1:
             what = "the same response throughout" if same else "nothing but ties"
             raise common.Unlearnable(f"{where}: {what}")
     return Judgement(examples, targets, form)
+
+def longest(judgement):
+    return max(len(example["ids"]) for example in judgement.examples)  # tokens
 
 def load_judgements(cfg, tokenizer, ends, max_length):
     """Training and held-out judgements; the training ones must fit --loss."""
@@ -119,7 +118,7 @@ def load_judgements(cfg, tokenizer, ends, max_length):
         if judgement.form != form:
             found = f"{row['where']}: {judgement.form} data"
             raise common.UserError(f"{found}, expected {form} (--loss {cfg.loss})")
-        return judgement, max(len(example["ids"]) for example in judgement.examples)
+        return judgement, longest(judgement)
 
     judgements = common.read_all(train_rows, partial(read, cfg.loss), max_length, "judgements")
     read_held_out = partial(read, form_of(eval_rows[0]))  # one form, maybe not that of --loss
@@ -127,95 +126,95 @@ def load_judgements(cfg, tokenizer, ends, max_length):
 
 def judgement_loss(form, scores, judgements):
     """The mean loss of B judgements from the scores of all their responses, one after the other."""
-    counts = [len(judgement.targets) for judgement in judgements]
+    device, targets = scores.device, [judgement.targets for judgement in judgements]
     if form == "pointwise":
-        targets = [judgement.targets[0] for judgement in judgements]
-        return pointwise_loss(scores, torch.tensor(targets, device=scores.device))
+        return pointwise_loss(scores, torch.tensor([score for [score] in targets], device=device))
     if form == "pairwise":
-        chosen, rejected = scores.view(-1, 2).unbind(1)
-        return pairwise_loss(chosen, rejected)
-    # Lists of different lengths: (B, K), K the longest, with a mask.
-    rewards = torch.nn.utils.rnn.pad_sequence(scores.split(counts), batch_first=True)
-    ranks = common.pad_right([judgement.targets for judgement in judgements]).to(scores.device)
-    mask = common.pad_right([[1] * count for count in counts]).to(scores.device)
+        return pairwise_loss(scores[0::2], scores[1::2])  # chosen, rejected, chosen, ...
+    counts = [len(ranks) for ranks in targets]  # K of each list; below, K is the longest's
+    rewards = torch.nn.utils.rnn.pad_sequence(scores.split(counts), batch_first=True)  # (B, K)
+    ranks = common.pad_right(targets).to(device)  # (B, K)
+    mask = common.pad_right([[1] * count for count in counts]).to(device)  # (B, K)
     return listwise_loss(rewards, ranks, mask)
 
 def score_all(scorer, judgements, cfg):
     """The model's scores: one tensor (K,) for each judgement."""
     examples = [example for judgement in judgements for example in judgement.examples]
-    scores = common.evaluate(scorer.last, examples, cfg, scorer.lm.device)
-    return scores.split([len(judgement.examples) for judgement in judgements])
+    counts = [len(judgement.examples) for judgement in judgements]
+    return common.evaluate(scorer.last, examples, cfg, scorer.lm.device).split(counts)
 
-def ordered_right(items):
-    """[(reward, rank), ...] -> (pairs in which the better rank has the higher reward, pairs);
-    equal rewards count half.
-    """
+def ordered_right(lists):
+    """Over the pairs in each list of (reward, rank): (how many are ordered right, how many)."""
     right = pairs = 0
-    for (reward_a, rank_a), (reward_b, rank_b) in combinations(items, 2):
-        if rank_a != rank_b:
-            pairs += 1
-            right += 0.5 if reward_a == reward_b else (reward_a > reward_b) == (rank_a < rank_b)
+    for items in lists:
+        for (reward_a, rank_a), (reward_b, rank_b) in combinations(items, 2):
+            if rank_a != rank_b:  # a tie is no pair
+                pairs += 1
+                agree = (reward_a > reward_b) == (rank_a < rank_b)  # rank 1 is best
+                right += 0.5 if reward_a == reward_b else agree
     return right, pairs
 
 def wilson_interval(p, n, z=1.96):
     """95% interval of a proportion `p` seen in `n` independent lines (Wilson 1927)."""
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    scale = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
     return centre - half, centre + half
 
 def held_out_results(scorer, judgements, cfg):
     """For eval.json: accuracy on held-out judgements, its 95% interval, and their own loss."""
-    n, form = len(judgements), judgements[0].form
-    scores = score_all(scorer, judgements, cfg)
+    n, form = len(judgements), judgements[0].form  # all of one form
+    scores = score_all(scorer, judgements, cfg)  # n tensors of (K,)
     loss = judgement_loss(form, torch.cat(scores), judgements).item()
-    lists = [list(zip(s.tolist(), j.targets)) for s, j in zip(scores, judgements)]
+    lists = []  # each of (reward, rank)
+    for rewards, judgement in zip(scores, judgements):
+        lists.append(list(zip(rewards.tolist(), judgement.targets)))
     if form == "pointwise":  # one list of all points; a higher score is better, a lower rank is
         lists = [[(reward, -score) for [(reward, score)] in lists]]
-    right, pairs = map(sum, zip(*map(ordered_right, lists)))
+    right, pairs = ordered_right(lists)
     accuracy = right / pairs if pairs else None  # a single point orders nothing
     interval = wilson_interval(accuracy, n) if pairs else None
     return dict(accuracy=accuracy, interval=interval, loss=loss, n=n)
 
 def new_reward_model(cfg, device):
-    """A causal LM's layers with a fresh score head, its tokenizer, and the ids that end a response.
-    The head is N(0, 1/(d + 1)) as in Ziegler et al. 2019: scores start near 0 whatever the width.
-    """
-    dtype = common.trained_dtype(cfg, device)
+    """A causal LM's layers under a new score head, its tokenizer, the ids that end a response."""
+    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA that of frozen models
     scorer = common.load_scorer(cfg.model, device, dtype, new_head=True)
-    lm = scorer.lm
-    if not scorer.reads_tokens:
+    lm = scorer.lm  # the Hugging Face model
+    if not scorer.reads_tokens:  # an encoder: one score for a whole text
         raise common.UserError(f"{cfg.model}: it has no score at every token to build on")
     tokenizer = common.load_tokenizer(cfg.model, lm)
     ends = common.stop_ids(lm, tokenizer)
     lm.config.eos_token_id = ends  # where common.stop_ids finds them in the saved model
-    # Plain transformers reads the score at the last token that is not pad, so no id that ends a
-    # response may be pad. Take a special token made for padding, or add one.
+    # Plain transformers reads the score at the last token that is not pad: no end may be pad.
     if tokenizer.pad_token_id in (None, *ends):
         special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         spare = [token for token in special if "pad" in token.lower()]
-        tokenizer.add_special_tokens(dict(pad_token=(*spare, "<|pad|>")[0]))
+        pad_token = spare[0] if spare else "<|pad|>"
+        tokenizer.add_special_tokens(dict(pad_token=pad_token))
     known = lm.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        lm.get_input_embeddings().weight.data[known:] = 0
+        lm.get_input_embeddings().weight.data[known:] = 0  # no policy samples them
     lm.config.pad_token_id = tokenizer.pad_token_id
-    d = lm.score.weight.shape[1]
-    head = torch.randn(1, d, generator=common.make_generator("cpu", cfg.seed, "head"))
-    lm.score.weight.data.copy_(head / math.sqrt(d + 1))
-    common.add_lora(scorer, cfg)
+    d = lm.score.weight.shape[1]  # hidden size
+    generator = common.make_generator("cpu", cfg.seed, "head")
+    head = torch.randn(1, d, generator=generator)
+    lm.score.weight.data.copy_(head / math.sqrt(d + 1))  # Ziegler et al. 2019: scores near 0
+    common.add_lora(scorer, cfg)  # only with --lora_rank; the head is trained whole
     return scorer, tokenizer, ends
 
 def main(cfg):
     device = common.choose_device(cfg.device)
-    run = common.Run(cfg)
+    run = common.Run(cfg)  # the folder --out: metrics, checkpoints, the result
     scorer, tokenizer, ends = new_reward_model(cfg, device)
-    limit = min(cfg.max_length, common.context_length(scorer.lm))
+    limit = min(cfg.max_length, common.context_length(scorer.lm))  # tokens
     judgements, held_out = load_judgements(cfg, tokenizer, ends, limit)
-    # A judgement's loss needs its K responses together: they count K times the longest.
-    lengths = [len(j.examples) * max(len(e["ids"]) for e in j.examples) for j in judgements]
+    lengths = [len(j.examples) * longest(j) for j in judgements]  # the K of one stay together
+    budget = common.token_budget(cfg, device)  # padded tokens a forward
 
     optimizer = common.make_optimizer(scorer, cfg, cfg.lr)
-    run.begin(scorer=(scorer, optimizer))
+    run.begin(scorer=(scorer, optimizer))  # what a checkpoint holds; --resume loads it
     steps = common.total_steps(cfg, len(judgements))
     print(
         f"Reward model ({cfg.loss}) on {device}: {scorer.lm.num_parameters() / 1e6:.1f}M "
@@ -225,17 +224,17 @@ def main(cfg):
     for step in run.steps(steps):
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
         indices = common.epoch_batch(len(judgements), cfg.batch_size, step, cfg.seed)
-        totals = {}
-        for part in common.micro_batches(indices, lengths, common.token_budget(cfg, device)):
+        total = 0.0  # the batch's mean loss, a tensor on the device
+        for part in common.micro_batches(indices, lengths, budget):
             some = [judgements[i] for i in part]
-            batch = common.collate([example for j in some for example in j.examples], device)
+            examples = [example for judgement in some for example in judgement.examples]
+            batch = common.collate(examples, device)  # (b * K, T)
             share = len(some) / len(indices)  # every judgement weighs the same
             loss = judgement_loss(cfg.loss, scorer.last(batch), some)
             (loss * share).backward()
-            common.add_up(totals, share, loss=loss)
-
+            total += loss.detach() * share
         grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm)
-        stats = common.read_stats(totals, grad_norm=grad_norm)
+        stats = common.read_stats(dict(loss=total), grad_norm=grad_norm)  # raises where not finite
         optimizer.step()
         optimizer.zero_grad()
         run.log(("loss", "lr"), lr=lr, **stats)
@@ -243,8 +242,9 @@ def main(cfg):
     results = held_out_results(scorer, held_out, cfg)
     # Centre: the best responses of the first 500 judgements score 0 on average.
     scores = score_all(scorer, judgements[:500], cfg)
-    best = [s[j.targets.index(min(j.targets))] for s, j in zip(scores, judgements)]
-    scorer.mean = scorer.lm.config.reward_mean = torch.stack(best).mean().item()
+    best = [j.targets.index(min(j.targets)) for j in judgements[:500]]
+    mean = torch.stack([rewards[i] for rewards, i in zip(scores, best)]).mean().item()
+    scorer.mean = scorer.lm.config.reward_mean = mean  # the config saves it
     run.finish(scorer, tokenizer, results)
     accuracy = "no pairs to order"
     if results["accuracy"] is not None:

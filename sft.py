@@ -24,7 +24,7 @@ import common
 from common import flag
 
 @dataclass
-class Config(common.Settings):
+class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
     # model and data
     model: str = flag("", "folder or hub name; empty: made from nothing")
     data: str = flag(str(common.EMBEDDED / "sft.jsonl"), "demonstrations, JSONL")
@@ -40,7 +40,9 @@ class Config(common.Settings):
 
 def texts_of(rows):
     """Every text in these rows, which a model may read or say; `where` (file:line) is none."""
-    values = [value for row in rows for key, value in row.items() if key != "where"]
+    values = []
+    for row in rows:
+        values += [value for key, value in row.items() if key != "where"]
     messages = [m for value in values if common.is_dialogue(value) for m in value]
     values += [common.content_of(message) for message in messages]
     return [value for value in values if isinstance(value, str)]
@@ -50,18 +52,15 @@ def new_tokenizer(texts, vocab_size=2048):
     follows, up to <eos>.
     """
     tokenizer = Tokenizer(models.BPE())
-    # Chinese has no spaces: each character is a word, or BPE would merge whole sentences into
-    # tokens of no use elsewhere.
+    # Chinese has no spaces: each character is a word, or whole sentences would become tokens.
     by_character = pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated")
     by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_character, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
-        # every byte, so that no text is unknown
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<pad>", "<bos>", "<eos>"],  # ids 0, 1, 2
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte: no text is unknown
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -94,7 +93,7 @@ def new_model(tokenizer, seed):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # Llama draws from the global generator
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
@@ -102,26 +101,27 @@ def main(cfg):
     if cfg.lora_rank and not cfg.model:
         raise common.UserError("--lora_rank: adapters need a --model that has learned something")
     device = common.choose_device(cfg.device)
-    run = common.Run(cfg)
+    run = common.Run(cfg)  # the folder --out: metrics, checkpoints, the result
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_sft.jsonl")
 
     if cfg.model:
-        dtype = common.trained_dtype(cfg, device)
+        dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA that of frozen models
         policy = common.load_policy(cfg.model, device, dtype, cfg.max_length)
         tokenizer = common.load_tokenizer(cfg.model, policy.lm)
-        common.add_lora(policy, cfg)
+        common.add_lora(policy, cfg)  # only with --lora_rank
     else:
         tokenizer = new_tokenizer(texts_of(train_rows))
         policy = common.Policy(new_model(tokenizer, cfg.seed).to(device))
 
-    limit = min(cfg.max_length, common.context_length(policy.lm))
-    ends = common.stop_ids(policy.lm, tokenizer)
+    limit = min(cfg.max_length, common.context_length(policy.lm))  # tokens
+    ends = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
     examples = common.load_demonstrations(train_rows, tokenizer, ends, limit)
     held_out = common.load_demonstrations(eval_rows, tokenizer, ends, limit)
     lengths = [len(example["ids"]) for example in examples]
+    budget = common.token_budget(cfg, device)  # padded tokens a forward
 
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)
-    run.begin(policy=(policy, optimizer))
+    run.begin(policy=(policy, optimizer))  # what a checkpoint holds; --resume loads it
     steps = common.total_steps(cfg, len(examples))
     print(
         f"SFT on {device}: {policy.lm.num_parameters() / 1e6:.1f}M parameters, {len(examples)} "
@@ -131,28 +131,28 @@ def main(cfg):
     for step in run.steps(steps):
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
         indices = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
-        # Every token of the whole batch weighs the same, however the batch is cut.
-        tokens = sum(sum(examples[i]["mask"]) for i in indices)
-        totals = {}
-        for part in common.micro_batches(indices, lengths, common.token_budget(cfg, device)):
+        tokens = 0  # to be learned, of the whole batch: each weighs the same, however it is cut
+        for i in indices:
+            tokens += sum(examples[i]["mask"])
+        total = 0.0  # the batch's mean loss, a tensor on the device
+        for part in common.micro_batches(indices, lengths, budget):
             batch = common.collate([examples[i] for i in part], device)
-            logprobs, _ = policy(batch)  # (b, T), 0 where there is no response token
-            loss = -logprobs.sum() / tokens
+            logprobs, _ = policy(batch)  # (b, T), 0 on the prompt and on padding
+            loss = -logprobs.sum() / tokens  # the parts add up to the batch's mean
             loss.backward()
-            common.add_up(totals, 1.0, loss=loss)
-
+            total += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        stats = common.read_stats(totals, grad_norm=grad_norm)
+        stats = common.read_stats(dict(loss=total), grad_norm=grad_norm)  # raises where not finite
         optimizer.step()
         optimizer.zero_grad()
         run.log(("loss", "lr"), lr=lr, tokens=tokens, **stats)
 
-    # Mean negative log-likelihood of a held-out response token, in nats.
-    nll = common.evaluate(lambda batch: -policy(batch)[0].sum(1), held_out, cfg, device)
-    tokens = sum(sum(example["mask"]) for example in held_out)
-    loss = nll.sum().item() / tokens
+    nll = common.evaluate(lambda batch: -policy(batch)[0].sum(1), held_out, cfg, device)  # (B,)
+    tokens = sum(sum(example["mask"]) for example in held_out)  # held-out response tokens
+    loss = nll.sum().item() / tokens  # nats a token
     perplexity = math.exp(min(loss, 700.0))  # what has diverged must not overflow
-    run.finish(policy, tokenizer, dict(loss=loss, perplexity=perplexity, n=len(held_out)))
+    results = dict(loss=loss, perplexity=perplexity, n=len(held_out))
+    run.finish(policy, tokenizer, results)
     print(f"held-out loss {loss:.3f}, perplexity {perplexity:.2f}, n = {len(held_out)}")
 
 if __name__ == "__main__":

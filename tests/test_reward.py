@@ -88,13 +88,13 @@ def test_losses_at_their_edges():
     assert reward.listwise_loss(rewards[1:2], ranks[1:2]).item() == 0.0
 
 def test_ordered_right():
-    assert reward.ordered_right([(2.0, 1), (1.0, 2)]) == (1, 1)
-    assert reward.ordered_right([(1.0, 1), (2.0, 2)]) == (0, 1)
-    assert reward.ordered_right([(1.0, 1), (1.0, 2)]) == (0.5, 1)  # equal rewards: half
-    assert reward.ordered_right([(1.0, 2), (5.0, 2)]) == (0, 0)  # a tie of the judge is no pair
+    assert reward.ordered_right([[(2.0, 1), (1.0, 2)]]) == (1, 1)
+    assert reward.ordered_right([[(1.0, 1), (2.0, 2)]]) == (0, 1)
+    assert reward.ordered_right([[(1.0, 1), (1.0, 2)]]) == (0.5, 1)  # equal rewards: half
+    assert reward.ordered_right([[(1.0, 2), (5.0, 2)]]) == (0, 0)  # a tie of the judge is no pair
     # Ranks 1, 2, 2, 3: five pairs; 3.0 beats all, of the rest 1.0 > 0.0 is right, 2.0 too.
-    assert reward.ordered_right([(3.0, 1), (1.0, 2), (2.0, 2), (0.0, 3)]) == (5, 5)
-    assert reward.ordered_right([(3.0, 3), (1.0, 2), (2.0, 2), (0.0, 1)]) == (0, 5)
+    assert reward.ordered_right([[(3.0, 1), (1.0, 2), (2.0, 2), (0.0, 3)]]) == (5, 5)
+    assert reward.ordered_right([[(3.0, 3), (1.0, 2), (2.0, 2), (0.0, 1)]]) == (0, 5)
 
 def test_wilson_interval_against_published_values():
     # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29.
