@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import common
-from common import flag, masked_mean, masked_variance, whiten
+from common import flag, masked_mean, masked_variance, whiten  # flag: default, help, limits
 
 @dataclass
 class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
@@ -51,7 +51,7 @@ class Config(common.Settings):  # what all stages share: folder, seed, device, L
     data: str = flag(str(common.EMBEDDED / "prompts.jsonl"), "prompts, JSONL")
     eval_data: str = flag("", "held-out prompts; empty: a part of --data")
     gold_fn: str = flag("", "file.py:function that judges answers in evaluation")
-    max_prompt_tokens: int = flag(512, "longer prompts are left out", over=0)  # must be over 0
+    max_prompt_tokens: int = flag(512, "longer prompts are left out", over=0)
     # 1 sample
     steps: int = flag(60, "PPO steps", over=0)
     batch_size: int = flag(128, "episodes a step", over=0)
@@ -365,7 +365,7 @@ def main(cfg):  # Algorithm 1
 
         # 3. Advantages: how much better than expected each token did.
         if value:
-            advantages, rollout["returns"] = common.gae(
+            advantages, rollout["returns"] = common.gae(  # (B, T), (B, T)
                 rewards, rollout["old_values"], mask, cfg.gamma, cfg.lam
             )
             advantages = whiten(advantages, mask, scale=cfg.whiten)  # over the whole rollout

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import flag
+from common import flag  # a default, what it means, its limits
 
 @dataclass
 class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
@@ -190,6 +190,34 @@ def sample_candidates(run, name, sampler, score, prompts, cfg):
         candidates += new
     return candidates
 
+def answer(cfg, device):
+    """Answer --prompt, or each line of stdin, N times; print the answers, best first."""
+    policy = common.load_policy(cfg.policy, device, common.frozen_dtype(device))
+    tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
+    common.prepare(policy.requires_grad_(False), cfg)  # compiled, where asked for
+    score, _ = common.load_score(cfg, policy, tokenizer)
+    eos = common.stop_ids(policy.lm, tokenizer)
+    lines = [cfg.prompt]
+    if cfg.prompt == "-":
+        lines = (line.rstrip("\n") for line in sys.stdin)  # each answered as it comes
+    for number, text in enumerate(line for line in lines if line.strip()):
+        rows = [dict(prompt=text, where="--prompt")]  # as if read from a file
+        prompts = common.load_prompts(rows, tokenizer, cfg, policy)
+        longest = len(prompts[0]["ids"]) + cfg.max_new_tokens
+        slots = min(cfg.slots, cfg.n)
+        sampler = common.Sampler(policy, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
+        key = (cfg.seed, "prompt", number)
+        [found] = sample_and_score(sampler, score, prompts, key, cfg)
+        sampler.close()
+        print(text)
+        scores = torch.tensor(found["scores"])  # (N,)
+        for i in scores.argsort(descending=True).tolist():
+            said = tokenizer.decode(found["responses"][i], skip_special_tokens=True)
+            said = said.replace("\n", "\n" + " " * 10)  # further lines under the first
+            cut = "" if found["ended"][i] else " ..."
+            print(f"{found['scores'][i]:8.2f}  {said}{cut}")
+        sys.stdout.flush()
+
 # 2 Select
 
 def best_index(group, cfg):
@@ -243,6 +271,17 @@ def select(run, prompts, candidates, tokenizer, cfg):
     print(f"{run.out / 'dpo.jsonl'}: {len(pairs)} pairs")
     return pairs
 
+def judge_best(prompts, candidates, gold, tokenizer, cfg):
+    """Best-of-N on held-out prompts, as `common.answer_prompts` gives a policy's answers."""
+    best = [(group, best_index(group, cfg)) for group in candidates]
+    responses = [group["responses"][i] for group, i in best]
+    return dict(
+        texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
+        scores=[group["scores"][i] for group, i in best],
+        gold=gold(prompts, responses).tolist() if gold else [],
+        ended=[group["ended"][i] for group, i in best],
+    )
+
 def load_pairs(rows, tokenizer, ends, max_length):
     """Lines of preference data as pairs of examples, chosen first."""
 
@@ -271,54 +310,15 @@ def held_out_accuracy(policy, ref, pairs, cfg):
     h = logratios[0::2] - logratios[1::2]  # (B,): chosen less rejected
     return (h.sign() + 1).mean().item() / 2
 
-def judge_best(prompts, candidates, gold, tokenizer, cfg):
-    """Best-of-N on held-out prompts, as `common.answer_prompts` gives a policy's answers."""
-    best = [(group, best_index(group, cfg)) for group in candidates]
-    responses = [group["responses"][i] for group, i in best]
-    return dict(
-        texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
-        scores=[group["scores"][i] for group, i in best],
-        gold=gold(prompts, responses).tolist() if gold else [],
-        ended=[group["ended"][i] for group, i in best],
-    )
-
-def answer(cfg, device):
-    """Answer --prompt, or each line of stdin, N times; print the answers, best first."""
-    policy = common.load_policy(cfg.policy, device, common.frozen_dtype(device))
-    tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
-    common.prepare(policy.requires_grad_(False), cfg)
-    score, _ = common.load_score(cfg, policy, tokenizer)
-    eos = common.stop_ids(policy.lm, tokenizer)
-    lines = [cfg.prompt]
-    if cfg.prompt == "-":
-        lines = (line.rstrip("\n") for line in sys.stdin)  # each answered as it comes
-    for number, text in enumerate(line for line in lines if line.strip()):
-        rows = [dict(prompt=text, where="--prompt")]
-        prompts = common.load_prompts(rows, tokenizer, cfg, policy)  # the one
-        longest = len(prompts[0]["ids"]) + cfg.max_new_tokens
-        slots = min(cfg.slots, cfg.n)
-        sampler = common.Sampler(policy, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
-        key = (cfg.seed, "prompt", number)
-        [found] = sample_and_score(sampler, score, prompts, key, cfg)
-        sampler.close()
-        print(text)
-        scores = torch.tensor(found["scores"])  # (N,)
-        for i in scores.argsort(descending=True).tolist():
-            said = tokenizer.decode(found["responses"][i], skip_special_tokens=True)
-            said = said.replace("\n", "\n" + " " * 10)  # further lines under the first
-            cut = "" if found["ended"][i] else " ..."
-            print(f"{found['scores'][i]:8.2f}  {said}{cut}")
-        sys.stdout.flush()
-
 def main(cfg):
-    few = 64 if cfg.method == "rso" else 8
-    cfg = replace(cfg, n=cfg.n or few)
+    default = 64 if cfg.method == "rso" else 8
+    cfg = replace(cfg, n=cfg.n or default)
     if not cfg.pairs:
         cfg = replace(cfg, reward=cfg.reward or "out/reward")
     device = common.choose_device(cfg.device)
     trains = cfg.loss != "none"
-    rejects = cfg.method == "rso" and not cfg.pairs and not cfg.prompt
-    if rejects and cfg.num_samples >= cfg.n:
+    rso = cfg.method == "rso" and not cfg.pairs and not cfg.prompt
+    if rso and cfg.num_samples >= cfg.n:
         why = f"of {cfg.n} answers (--n) none would be rejected"
         raise common.UserError(f"--num_samples {cfg.num_samples}: {why}")
     if trains and cfg.method == "best_of_n" and cfg.n == 1 and not cfg.prompt:
@@ -405,7 +405,8 @@ def main(cfg):
                 loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss)
                 share = len(part) / len(indices)  # every pair weighs the same
                 (loss * share).backward()
-                up, down = (chosen - ref_chosen).detach(), (rejected - ref_rejected).detach()
+                up = (chosen - ref_chosen).detach()  # (b,): how far the update moved them, nats
+                down = (rejected - ref_rejected).detach()
                 right = ((up - down).sign() + 1) / 2  # (b,): 1, of a tie 0.5
                 totals["loss"] += loss.detach() * share
                 totals["accuracy"] += right.mean() * share

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import flag
+from common import flag  # a default, what it means, its limits
 
 EMBEDDED_DATA = dict(pointwise="scores.jsonl", pairwise="pairs.jsonl", listwise="rankings.jsonl")
 

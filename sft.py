@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
-from common import flag
+from common import flag  # a default, what it means, its limits
 
 @dataclass
 class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
