@@ -410,6 +410,7 @@ def main(cfg):  # Algorithm 1
                     policy_optimizer.step()
                 policy_optimizer.zero_grad()  # only one model at a time holds gradients
                 history.append(stats)  # the value model's are added below
+
                 if value:
                     totals = defaultdict(float)
                     for batch, share in batches:
