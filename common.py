@@ -61,7 +61,8 @@ def reading(what, *more, error=UserError):
     except (Exception, *more) as problem:
         calls = traceback.extract_tb(problem.__traceback__)
         lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]
-        message = f"{type(problem).__name__}: {problem}".strip().partition("\n")[0]
+        kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
+        message = f"{kind}{problem}".strip().partition("\n")[0]
         raise error(f"{what}{''.join(lines[-1:])}: {message}") from problem
 
 # ------------------------------------------------------------------------------ log-probs and GAE
@@ -816,8 +817,10 @@ def epoch_batch(n, size, step, seed):
 # A line of a data file becomes a row: its keys, and its `where`, "file:line". A prompt or response
 # is text, or chat messages, which go to the chat template with all they hold and the row's `tools`.
 
-class Unlearnable(UserError):
-    """A line that is left out and counted: nothing can be learned from it."""
+TEXTS = {"prompt", "messages", "completion", "response", "responses", "chosen", "rejected"}
+
+class Unlearnable(ValueError):
+    """Of a line that is left out and counted: nothing can be learned from it."""
 
 def read_jsonl(path):
     """The rows of a .jsonl(.gz) file. Raises UserError."""
@@ -825,17 +828,36 @@ def read_jsonl(path):
     open_file = gzip.open if str(path).endswith(".gz") else open
     with reading(path), open_file(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                with reading(f"{path}:{number}"):
-                    row = json.loads(line.decode("utf-8-sig"))
-                    json.dumps(row, ensure_ascii=False).encode()  # no half of a surrogate pair
-                    if not isinstance(row, dict):
-                        raise ValueError("expected one JSON object a line")
-                row = {key: value for key, value in row.items() if value is not None}
-                rows.append(row | dict(where=f"{path}:{number}"))
+            where = f"{path}:{number}"
+            with reading(where):
+                if line.strip():
+                    rows.append(read_row(line) | dict(where=where))
     if not rows:
         raise UserError(f"{path}: no lines in it")
     return rows
+
+def read_row(line):
+    """A line's keys that are not null, its messages `plain`, its tools as a list."""
+    row = json.loads(line.decode("utf-8-sig"))
+    json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in TEXTS.intersection(row):
+        with reading(f'"{key}" is not text, nor chat messages', error=ValueError):
+            row[key] = plain(row[key])
+    if isinstance(row.get("tools"), str):
+        row["tools"] = json.loads(row["tools"])
+    return row
+
+def plain(value):
+    """Text, or messages whose content is text, where it may be null or a list of parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    content = value.get("content") if "tool_calls" in value else value["content"]
+    if isinstance(content, list):
+        content = [part["text"] for part in content]
+    return value | dict(role=value["role"], content="".join(content or ""))
 
 def is_embedded(path):
     names = "sft pairs scores rankings prompts eval_sft eval_pairs eval_prompts probe_prompts"
@@ -852,19 +874,17 @@ def read_split(path, eval_path, embedded_eval):
     print(f"no --eval_data: the last {held_out} of {len(rows)} lines of {path} are held out")
     return rows[:-held_out], rows[-held_out:]
 
-def read_all(rows, read, max_tokens, what):
-    """read(row) -> (item, its length in tokens), of all rows: the items. What is too long or
-    unlearnable is left out, and counted. UserError if none is left.
+def read_all(rows, read, what):
+    """All that read(row) yields, of all rows. What is Unlearnable ends its row, and is counted.
+    UserError for any other mistake, and if there is nothing to return.
     """
     items, left_out = [], []
     for row in rows:
-        try:
-            item, length = read(row)
-            if length > max_tokens:
-                raise Unlearnable(f"{row['where']}: longer than {max_tokens} tokens")
-            items.append(item)
-        except Unlearnable as why:
-            left_out.append(why)
+        with reading(row["where"]):
+            try:
+                items.extend(read(row))  # with what it yielded before it raised
+            except Unlearnable as why:
+                left_out.append(f"{row['where']}: {why}")
     if left_out:
         message = f"{len(left_out)} of {len(rows)} {what} left out, such as {left_out[0]}"
         if not items:
@@ -873,198 +893,120 @@ def read_all(rows, read, max_tokens, what):
     return items
 
 def prompt_and_responses(row):
-    """The prompt of a line of any form, and its responses: one completion, chosen and rejected, K
-    of a ranking, or none. Raises UserError naming line and key.
+    """The prompt of a row of any form, and its responses: one completion, chosen and rejected, K of
+    a ranking, or none.
     """
-    where = row["where"]
-    if "chosen" in row or "rejected" in row:
-        names = ["chosen", "rejected"]
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if chosen is not None:
+        responses = [chosen, row["rejected"]]
     else:
-        names = [name for name in ("completion", "response") if name in row]
-    responses = {name: row.get(name) for name in names}
-    if isinstance(row.get("responses"), list):
-        responses |= {f"responses[{i}]": text for i, text in enumerate(row["responses"])}
-    prompts = {name: row[name] for name in ("prompt", "messages") if name in row}
-    for name, value in (prompts | responses).items():
-        if not is_dialogue(value) and (name == "messages" or not isinstance(value, str)):
-            raise UserError(f'{where}: "{name}" is not text, nor a list of chat messages')
-    prompt, answers = row.get("prompt"), list(responses.values())
-    if "messages" in row and (prompt is None or not answers):
+        responses = [row[key] for key in ("completion", "response") if key in row]
+        responses += row.get("responses", [])
+    if "messages" in row and (prompt is None or not responses):
         prompt = row["messages"]
         while prompt and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
     # Pairs may be whole dialogues, without a prompt (HH-RLHF) or with it once more (UltraFeedback).
-    starts = [answer[0]["role"] for answer in answers if isinstance(answer, list) and answer]
-    dialogues = len(starts) == 2 and "assistant" not in starts
-    if "chosen" in responses and (prompt is None or dialogues):
-        n = shared_length(*answers)
-        prompt, answers = answers[0][:n] or None, [answer[n:] for answer in answers]
+    dialogue = isinstance(chosen, list) and chosen and chosen[0]["role"] != "assistant"
+    if chosen is not None and (prompt is None or dialogue):
+        n = shared_length(*responses)
+        prompt, responses = chosen[:n] or None, [response[n:] for response in responses]
     if prompt is None:
-        found = f"none to be found in its keys: {', '.join(key for key in row if key != 'where')}"
-        if "conversations" in row:
-            found = 'rename "conversations" to "messages" of "role" (user, assistant) and "content"'
-        raise UserError(f'{where}: no "prompt", and {found}')
-    return prompt, answers
-
-def is_dialogue(value):
-    """Whether it is a list of chat messages, whose content is text, a list of texts, or null."""
-    try:
-        return isinstance(value, list) and all(turn["role"] + content_of(turn) for turn in value)
-    except (TypeError, KeyError, AttributeError):
-        return False
+        why = 'no "prompt", no "messages", and no dialogue that "chosen" and "rejected" share'
+        raise ValueError(f'{why} (rename "conversations" to "messages" of "role" and "content")')
+    return prompt, responses
 
 def shared_length(chosen, rejected):
-    """How many characters, or messages, two dialogues share; in text up to the turn in which the
-    assistant answers.
-    """
-    n, most = 0, min(len(chosen), len(rejected))
-    if isinstance(chosen, list):
-        most -= 1  # the last message is the answer, even where both are the same
-    while n < most and chosen[n] == rejected[n]:
-        n += 1
+    """How many characters, or messages, two dialogues share before the assistant's last turn."""
     if isinstance(chosen, str):
-        before, turn, _ = chosen[:n].rpartition("\n\nAssistant:")
-        n = len(before + turn)  # 0 where there is no such turn
+        before, turn, _ = os.path.commonprefix([chosen, rejected]).rpartition("\n\nAssistant:")
+        return len(before + turn)  # 0 where there is no such turn
+    n = 0
+    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+        n += 1
     return n
 
-def content_of(message):
-    """The text of a chat message, whose content may be null or a list of parts."""
-    content = message.get("content") if "tool_calls" in message else message["content"]
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part["text"] for part in content)
+MARK = "\ufdd0"  # stands for an answer; no text holds it
 
-def as_text(prompt):
-    """A prompt that may be chat messages."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {content_of(message)}" for message in prompt)
+def render(tokenizer, prompt, row, turn=None):
+    """Messages as text, by the template: with the answer `turn`, or up to where one begins."""
+    answer = [turn or dict(role="assistant", content=MARK)]
+    # An assistant message that ends a prompt is to be continued; in `messages` each one is whole.
+    if prompt and prompt[-1]["role"] == "assistant" and "messages" not in row:
+        *prompt, begun = prompt
+        if begun.get("tool_calls"):
+            raise ValueError("the prompt ends with a tool call, which cannot be continued")
+        answer = [begun | answer[0] | dict(content=begun["content"] + answer[0]["content"])]
+    elif prompt and turn is None:
+        answer = []
+    how = dict(tools=row.get("tools") or None, add_generation_prompt=not answer)
+    with reading("the chat template", error=Unlearnable):  # it may not know a role, say
+        text = tokenizer.apply_chat_template(prompt + answer, tokenize=False, **how)
+    return text.partition(MARK)[0]
 
-def tokenize(tokenizer, text, where, special=False):
-    with reading(where):
-        return tokenizer(text, add_special_tokens=special)["input_ids"]
-
-def render(tokenizer, messages, row, **how):
-    """Chat messages as text, by the template."""
-    if tokenizer.chat_template is None:
-        raise UserError(f"{row['where']}: chat messages, but the tokenizer has no chat template")
-    # It may not know a role, say.
-    with reading(f"{row['where']}: the chat template", error=Unlearnable):
-        tools = row.get("tools") or None
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        # Few templates know what to do with null or a list.
-        messages = [message | dict(content=content_of(message)) for message in messages]
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
-
-def is_begun(prompt, row):
-    """Whether the answer continues the prompt's last message; in `messages` each one is whole."""
-    return bool(prompt) and prompt[-1]["role"] == "assistant" and "messages" not in row
-
-def render_prompt(tokenizer, prompt, row):
-    """A prompt as text, up to where its answer begins or goes on."""
-    if not is_begun(prompt, row):
-        return render(tokenizer, prompt, row, add_generation_prompt=True)
-    begun = content_of(prompt[-1])
-    if not begun or prompt[-1].get("tool_calls"):
-        what = "ends with an assistant message, which is to be continued, but has no text"
-        raise UserError(f"{row['where']}: the prompt {what}, or a tool call")
-    try:
-        return render(tokenizer, prompt, row, continue_final_message=True)
-    except UserError:  # of a template that rewrites it
-        return render(tokenizer, prompt[:-1], row, add_generation_prompt=True) + begun
-
-ALONE = dict(where="example")  # stands for the row of what no file holds
-
-def encode_prompt(tokenizer, prompt, row=ALONE):
+def encode_prompt(tokenizer, prompt, row={}):
     """Token ids: text with its special tokens (no EOS), messages through the chat template."""
     if isinstance(prompt, list):
-        return tokenize(tokenizer, render_prompt(tokenizer, prompt, row), row["where"])
-    ids = tokenize(tokenizer, prompt, row["where"], special=True)
+        return tokenizer.encode(render(tokenizer, prompt, row), add_special_tokens=False)
+    ids = tokenizer.encode(prompt)
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return ids
 
-def encode(tokenizer, prompt, response, row=ALONE, ends=()):
+def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     """Prompt and response as an example. The response is tokenised apart from the prompt, as
-    generation sees it. After text it ends with EOS; after messages it is what the chat template
-    adds to them, up to the token at which generation ends: one of the ids `ends`, else the special
-    token that the turn ends with, else EOS. Raises UserError naming row["where"].
+    generation sees it: its text, or what the chat template adds to the messages. It goes up to the
+    token at which generation ends: EOS, which is added, or before it one of the ids `ends`.
     """
-    where = row["where"]
-    turn = dict(role="assistant", content=response)
-    if isinstance(response, list):
-        if [message["role"] for message in response] != ["assistant"]:
-            raise Unlearnable(f"{where}: a response in messages must be one, of the assistant")
-        turn = response[0]
+    turn = response if isinstance(response, list) else [dict(role="assistant", content=response)]
+    if [message["role"] for message in turn] != ["assistant"]:
+        raise Unlearnable("a response in messages must be one, of the assistant")
     if isinstance(prompt, list):
-        before, after = render_turn(tokenizer, prompt, turn, row)
-        prompt_ids = tokenize(tokenizer, before, where)
-        ids = tokenize(tokenizer, after, where)
-        n = turn_length(tokenizer, ids, ends)
-    elif turn.get("tool_calls"):
-        raise UserError(f"{where}: a tool call needs a prompt in messages")
+        before, whole = render(tokenizer, prompt, row), render(tokenizer, prompt, row, turn[0])
+        if not whole.startswith(before):  # the template rewrites it: what all answers share
+            other = render(tokenizer, prompt, row, dict(role="assistant", content=MARK))
+            before = os.path.commonprefix([whole, other])
+        prompt_ids = tokenizer.encode(before, add_special_tokens=False)
+        text = whole[len(before) :]
+    elif turn[0].get("tool_calls"):
+        raise ValueError("a tool call needs a prompt in messages")
     else:
-        prompt_ids = encode_prompt(tokenizer, prompt, row)
-        ids, n = tokenize(tokenizer, content_of(turn), where), None
-    if n is not None:
-        ids = ids[:n]
-    elif tokenizer.eos_token_id not in (None, *ids[-1:]):  # a reward model's may have none
-        ids = ids + [tokenizer.eos_token_id]
+        prompt_ids, text = encode_prompt(tokenizer, prompt), turn[0]["content"]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    eos = tokenizer.eos_token_id
+    if eos is not None:  # a reward model's tokenizer may have none
+        ids = ids + [eos]
+    for n, token in enumerate(ids, 1):
+        if token in ends or token == eos:
+            ids = ids[:n]
+            break
     example = join(prompt_ids, ids)
     example["mask"][:1] = [0]  # a first token has no log-prob
-    if not any(example["mask"]) and tokenizer.eos_token_id is not None:
-        raise Unlearnable(f"{where}: no token to learn")
+    if not any(example["mask"]) and eos is not None:
+        raise Unlearnable("no token to learn")
+    if len(example["ids"]) > max_tokens:
+        raise Unlearnable(f"longer than {max_tokens} tokens")
     return example
-
-def render_turn(tokenizer, prompt, turn, row):
-    """Both by the template: the text before the answer, and that of the answer."""
-    history, begun = prompt, ""
-    if is_begun(prompt, row):
-        history, begun = prompt[:-1], content_of(prompt[-1])
-        turn = turn | dict(content=begun + content_of(turn))
-    before = render_prompt(tokenizer, prompt, row) if prompt else None
-    whole = render(tokenizer, history + [turn], row)
-    if before is None or not whole.startswith(before):
-        # No prompt, or one that the template rewrites: all that another answer would share.
-        other = dict(role="assistant", content=begun + "\N{REPLACEMENT CHARACTER}")
-        before = os.path.commonprefix([whole, render(tokenizer, history + [other], row)])
-    return before, whole[len(before) :]
-
-def turn_length(tokenizer, ids, ends):
-    """How many of a rendered turn's ids there are until generation would end; None if it would not:
-    the template has no token for that.
-    """
-    for i, token in enumerate(ids):
-        if token in ends:
-            return i + 1
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    at = [i for i, token in enumerate(ids) if token in special.union(tokenizer.all_special_ids)]
-    if at and not tokenizer.decode(ids[at[-1] + 1 :]).strip():  # a template may add a newline
-        return at[-1] + 1
-    return None
 
 def load_demonstrations(rows, tokenizer, ends, max_tokens):
     """Examples of SFT data: prompt and completion, a pair's chosen answer, or messages, of which
     each assistant turn is an example of its own, after the history as the template renders it
     (Qwen3's drops what was thought before).
     """
-    turns = []
-    for row in rows:
-        prompt, responses = prompt_and_responses(row)
-        pairs = [] if "responses" in row else [(prompt, response) for response in responses[:1]]
-        if not pairs and "messages" in row:
-            said = row["messages"]
-            answers = [i for i, message in enumerate(said) if message["role"] == "assistant"]
-            pairs = [(said[:i], said[i : i + 1]) for i in answers]
-        if not pairs:
-            raise UserError(f"{row['where']}: no completion and no assistant message to learn from")
-        turns += [row | dict(prompt=before, completion=answer) for before, answer in pairs]
 
     def read(row):
-        example = encode(tokenizer, row["prompt"], row["completion"], row, ends)
-        return example, len(example["ids"])
+        prompt, responses = prompt_and_responses(row)
+        said = row.get("messages", [])
+        answers = [i for i, message in enumerate(said) if message["role"] == "assistant"]
+        pairs = [(said[:i], said[i : i + 1]) for i in answers]
+        if responses and "responses" not in row:
+            pairs = [(prompt, responses[0])]
+        if not pairs:
+            raise ValueError("no completion and no assistant message to learn from")
+        for before, answer in pairs:
+            yield encode(tokenizer, before, answer, row, ends, max_tokens)
 
-    return read_all(turns, read, max_tokens, "demonstrations")
+    return read_all(rows, read, "demonstrations")
 
 def load_prompts(rows, tokenizer, cfg, *models):
     """Rows of any data file -> their prompts, tokenised as `ids`; all else of a row stays with it.
@@ -1076,19 +1018,20 @@ def load_prompts(rows, tokenizer, cfg, *models):
     embeddings = [model.lm.get_input_embeddings().num_embeddings for model in models]
     if min(embeddings) < embeddings[0]:
         raise UserError("--ref has fewer embeddings than --policy")
+    longest = min(cfg.max_prompt_tokens, room)
 
     def read(row):
         prompt, _ = prompt_and_responses(row)
         ids = encode_prompt(tokenizer, prompt, row)
-        if not ids:
-            raise Unlearnable(f"{row['where']}: the prompt has no tokens")
-        return row | dict(prompt=prompt, ids=ids), len(ids)
+        if not 0 < len(ids) <= longest:
+            raise Unlearnable(f"{len(ids)} tokens, not 1 to {longest}")
+        yield row | dict(prompt=prompt, ids=ids)
 
-    return read_all(rows, read, min(cfg.max_prompt_tokens, room), "prompts")
+    return read_all(rows, read, "prompts")
 
 def stop_ids(lm, tokenizer):
-    """What ends a response: the EOS ids of the generation config and of the tokenizer, and what the
-    chat template ends a turn with.
+    """What ends a response: the EOS ids of the generation config and of the tokenizer, and the
+    special token with which the chat template ends a turn.
     """
     config = lm.generation_config if lm.can_generate() else lm.config
     if not lm.can_generate():
@@ -1096,12 +1039,12 @@ def stop_ids(lm, tokenizer):
             config = transformers.GenerationConfig.from_pretrained(lm.name_or_path)
     ids = config.eos_token_id
     ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-    with suppress(UserError):  # only messages need the template, and they will say so
-        question, answer = (dict(role=role, content="a") for role in ("user", "assistant"))
-        _, after = render_turn(tokenizer, [question], answer, ALONE)
-        turn = tokenize(tokenizer, after, "the chat template")
-        if n := turn_length(tokenizer, turn, ids):
-            ids.add(turn[n - 1])
+    with suppress(Unlearnable):  # only messages need the template, and they will say so
+        question, answer = [dict(role=role, content="a") for role in ("user", "assistant")]
+        text = render(tokenizer, [question], {}, answer).strip()
+        last = tokenizer.encode(text, add_special_tokens=False)[-1]
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids |= special & {last}
     return sorted(ids)
 
 # ----------------------------------------------------------------------------- scores and answers
@@ -1116,20 +1059,16 @@ def function_score(spec, tokenizer):
     path = Path(path).resolve()
     with reading(path, SystemExit):  # the only code that is executed from a path
         sys.path.append(str(path.parent))  # its neighbours, as for a script
-        function = runpy.run_path(str(path)).get(name)
-    if not callable(function):
-        raise UserError(f"{spec}: no function {name} in that file")
+        function = runpy.run_path(str(path))[name]
 
     def score(prompts, responses):
         mine = slice(rank(), None, world_size())
         texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses[mine]]
         questions = copy.deepcopy([row["prompt"] for row in prompts[mine]])  # it may change its own
-        n, scores = len(texts), []
-        if n:
-            with reading(path, SystemExit):
-                scores = [float(number) for number in function(questions, texts)]
-            if len(scores) != n or not all(map(math.isfinite, scores)):
-                raise UserError(f"{spec}: expected {n} finite scores, got {scores[:8]}")
+        with reading(path, SystemExit):
+            scores = [float(number) for number in function(questions, texts)] if texts else []
+        if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+            raise UserError(f"{spec}: expected {len(texts)} finite scores, got {scores[:8]}")
         return torch.tensor(gather(scores))
 
     return score
@@ -1143,65 +1082,64 @@ def load_score(cfg, policy, tokenizer, adapters=False):
     """By --reward_fn or --reward: (score, model). The model is None where it does not read the
     policy's own tokens. With `adapters` it gets those of --lora_rank, which scoring ignores.
     """
-    device = policy.lm.device
     if cfg.reward_fn:
         return function_score(cfg.reward_fn, tokenizer), None
+    device = policy.lm.device
     reward = load_scorer(cfg.reward, device, frozen_dtype(device))
     reward.requires_grad_(False)
     own = load_tokenizer(cfg.reward)
-    ids_of = own.get_vocab()
-    same = all(ids_of.get(token) == i for token, i in tokenizer.get_vocab().items())
+    same = tokenizer.get_vocab().items() <= own.get_vocab().items()
     # A policy may sample ids that its tokenizer does not have, too.
     rows, needed = (m.lm.get_input_embeddings().num_embeddings for m in (reward, policy))
-    same = same and reward.reads_tokens and rows >= needed
-    if same and adapters and cfg.lora_rank:
+    if not same or rows < needed or not reward.reads_tokens:
+        return text_score(reward, own, stop_ids(policy.lm, tokenizer), tokenizer, cfg), None
+    if adapters and cfg.lora_rank:
         add_lora(reward, cfg)
-    elif same:
-        prepare(reward, cfg)
     else:
-        stops = stop_ids(policy.lm, tokenizer)
-        with reading(cfg.reward):
-            ends = stop_ids(reward.lm, own) if reward.reads_tokens else []
+        prepare(reward, cfg)
 
     def score(prompts, responses):
-        if same:
-            examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
-            with without_adapter(reward):
-                return evaluate(reward.last, examples, cfg, device)
-        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-        cut = [r[-1] not in stops for r in responses]
-        # If its template refuses a prompt, say whose.
-        rows = [row | dict(where=f"{row['where']}: {cfg.reward}") for row in prompts]
-        with reading(cfg.reward):
-            return text_scores(reward, own, ends, rows, texts, cut, cfg)
+        examples = [join(row["ids"], response) for row, response in zip(prompts, responses)]
+        with without_adapter(reward):
+            return evaluate(reward.last, examples, cfg, device)
 
-    return score, reward if same else None
+    return score, reward
 
-@torch.no_grad()
-def text_scores(reward, tokenizer, ends, prompts, texts, cut, cfg):
-    """Scores (B,) of a reward model with a tokenizer of its own. A causal one reads prompt and
-    response as reward.py encodes them, without their end where the response was `cut`; an encoder
-    reads the last message and the response as a text pair, one by one.
+def text_score(reward, own, stops, tokenizer, cfg):
+    """Scores by a reward model with a tokenizer of its `own`. A causal one reads prompt and
+    response as reward.py encodes them, without an end where the policy was cut, before one of its
+    `stops`; an encoder reads the last message and the response as a text pair, one by one.
     """
     lm = reward.lm
-    if reward.reads_tokens:
-        examples = []
-        for row, text, was_cut in zip(prompts, texts, cut):
-            ids = encode(tokenizer, row["prompt"], text, row, ends)["ids"]
-            if was_cut and ids[-1] in ends:
+    ends = stop_ids(lm, own) if reward.reads_tokens else []
+    longest = min(context_length(lm), own.model_max_length)
+
+    @torch.no_grad()
+    def read_pair(question, text):
+        how = dict(truncation=True, max_length=longest, return_tensors="pt")
+        with autocast(lm.device):
+            logits = lm(**own(question, text, **how).to(lm.device)).logits
+        return logits.flatten()[0].float().cpu() - reward.mean
+
+    def score(prompts, responses):
+        examples, scores = [], []
+        for row, response in zip(prompts, responses):
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            with reading(f"{row['where']}: {cfg.reward}"):  # its template may refuse a prompt
+                if not reward.reads_tokens:
+                    scores.append(read_pair(last_message(row["prompt"]), text))
+                    continue
+                ids = encode(own, row["prompt"], text, row, ends)["ids"]
+            if response[-1] not in stops and ids[-1] in ends:
                 ids = ids[:-1]
             examples.append(join(ids[:-1], ids[-1:]))  # the score is read at the last token
-        return evaluate(reward.last, examples, cfg, lm.device)
-    scores = []
-    for row, text in zip(prompts, texts):
-        question = row["prompt"]
-        question = question if isinstance(question, str) else content_of(question[-1])
-        longest = min(context_length(lm), tokenizer.model_max_length)
-        how = dict(truncation=True, max_length=longest, return_tensors="pt")
-        inputs = tokenizer(question, text, **how).to(lm.device)
-        with autocast(lm.device):
-            scores.append(lm(**inputs).logits.flatten()[0].float().cpu() - reward.mean)
-    return torch.stack(scores)
+        return torch.stack(scores) if scores else evaluate(reward.last, examples, cfg, lm.device)
+
+    return score
+
+def last_message(prompt):
+    """What is asked: the text of a prompt, or of the last of its messages."""
+    return prompt if isinstance(prompt, str) else "".join(m["content"] for m in prompt[-1:])
 
 def both_logprobs(policy, ref, batch, temperature):
     """Log-probs of the policy and, without gradients, of the frozen reference: (B, T), (B, T)."""
@@ -1225,13 +1163,12 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
         logprobs, ref_logprobs = both_logprobs(policy, ref, batch, cfg.temperature)
         return (logprobs - ref_logprobs).sum(1)
 
-    examples = [join(p, r) for p, r in zip(ids, responses)]
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
         scores=score(prompts, responses).tolist() if score else [],
         gold=gold(prompts, responses).tolist() if gold else [],
         ended=[r[-1] in sampler.eos_ids for r in responses],
-        kl=evaluate(kl_of, examples, cfg, policy.lm.device).tolist(),
+        kl=evaluate(kl_of, list(map(join, ids, responses)), cfg, policy.lm.device).tolist(),
     )
 
 def compare(prompts, **answers):
@@ -1259,7 +1196,7 @@ def print_answers(results, rows):
     for key, number in results.items():
         print(f"  {key:36}{number:8.3f}" if isinstance(number, float) else f"  {key:36}{number}")
     for row in rows[:: max(1, len(rows) // 6)]:
-        print(f"\n  {as_text(row['prompt'])[-300:]}")
+        print(f"\n  {last_message(row['prompt'])[-300:]}")
         for name, text in row.items():
             if isinstance(text, str) and name != "prompt":
                 print(f"    {name:10} {text[:300]}")

@@ -286,15 +286,15 @@ def load_pairs(rows, tokenizer, ends, max_length):
     """Lines of preference data as pairs of examples, chosen first."""
 
     def read(row):
+        if "chosen" not in row:
+            raise ValueError('no "chosen" and "rejected"')
         prompt, responses = common.prompt_and_responses(row)
-        if not {"chosen", "rejected"} <= set(row):
-            raise common.UserError(f'{row["where"]}: no "chosen" and "rejected"')
-        pair = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
+        pair = [common.encode(tokenizer, prompt, r, row, ends, max_length) for r in responses]
         if pair[0] == pair[1]:
-            raise common.Unlearnable(f"{row['where']}: chosen and rejected are the same")
-        return pair, max(len(example["ids"]) for example in pair)
+            raise common.Unlearnable("chosen and rejected are the same")
+        yield pair
 
-    return common.read_all(rows, read, max_length, "pairs")
+    return common.read_all(rows, read, "pairs")
 
 # 3 Preference step
 

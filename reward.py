@@ -78,9 +78,9 @@ def form_of(row):
         return "pairwise"
     return "listwise" if "responses" in row else "pointwise"
 
-def read_judgement(tokenizer, ends, row):
-    """One line of data as a Judgement. Raises common.UserError naming the line and the key."""
-    where, form = row["where"], form_of(row)  # where: file:line
+def read_judgement(tokenizer, ends, max_length, row):
+    """One line of data as a Judgement. Raises ValueError, which names the key."""
+    form = form_of(row)
     prompt, responses = common.prompt_and_responses(row)
     if form == "pairwise":
         targets = [1, 2]
@@ -88,21 +88,20 @@ def read_judgement(tokenizer, ends, row):
         targets = row.get("ranks")
         right = isinstance(targets, list) and len(targets) > 1
         if not right or not all(type(r) is int and 1 <= r < 2**31 for r in targets):
-            raise common.UserError(f'{where}: "ranks" must be two or more whole numbers from 1')
+            raise ValueError('"ranks" must be two or more whole numbers from 1')
     else:
         score = row.get("score")
         targets = [score]
         if type(score) not in (int, float) or not abs(score) < 1e30:  # NaN is not, either
             what = 'no "chosen" and "rejected", no "responses", and "score" is no finite number'
-            raise common.UserError(f"{where}: {what}")
+            raise ValueError(what)
     if len(responses) != len(targets):
-        raise common.UserError(f"{where}: {len(responses)} responses, expected {len(targets)}")
-    examples = [common.encode(tokenizer, prompt, r, row, ends) for r in responses]
+        raise ValueError(f"{len(responses)} responses, expected {len(targets)}")
+    examples = [common.encode(tokenizer, prompt, r, row, ends, max_length) for r in responses]
     if form != "pointwise":
         same = all(example == examples[0] for example in examples)  # as token ids
         if same or len(set(targets)) == 1:
-            what = "the same response throughout" if same else "nothing but ties"
-            raise common.Unlearnable(f"{where}: {what}")
+            raise common.Unlearnable("the same response throughout" if same else "nothing but ties")
     return Judgement(examples, targets, form)
 
 def longest(judgement):
@@ -114,15 +113,14 @@ def load_judgements(cfg, tokenizer, ends, max_length):
     train_rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_pairs.jsonl")
 
     def read(form, row):
-        judgement = read_judgement(tokenizer, ends, row)
+        judgement = read_judgement(tokenizer, ends, max_length, row)
         if judgement.form != form:
-            found = f"{row['where']}: {judgement.form} data"
-            raise common.UserError(f"{found}, expected {form} (--loss {cfg.loss})")
-        return judgement, longest(judgement)
+            raise ValueError(f"{judgement.form} data, expected {form} (--loss {cfg.loss})")
+        yield judgement
 
-    judgements = common.read_all(train_rows, partial(read, cfg.loss), max_length, "judgements")
+    judgements = common.read_all(train_rows, partial(read, cfg.loss), "judgements")
     read_held_out = partial(read, form_of(eval_rows[0]))  # one form, maybe not that of --loss
-    return judgements, common.read_all(eval_rows, read_held_out, max_length, "held-out judgements")
+    return judgements, common.read_all(eval_rows, read_held_out, "held-out judgements")
 
 def judgement_loss(form, scores, judgements):
     """The mean loss of B judgements from the scores of all their responses, one after the other."""

@@ -43,8 +43,8 @@ def texts_of(rows):
     values = []
     for row in rows:
         values += [value for key, value in row.items() if key != "where"]
-    messages = [m for value in values if common.is_dialogue(value) for m in value]
-    values += [common.content_of(message) for message in messages]
+    messages = [m for value in values if isinstance(value, list) for m in value]
+    values += [m["content"] for m in messages if isinstance(m, dict) and "content" in m]
     return [value for value in values if isinstance(value, str)]
 
 def new_tokenizer(texts, vocab_size=2048):

@@ -28,6 +28,9 @@ DIALOGUE = user("a") + assistant("b") + user("c") + assistant("d")
 OTHER = DIALOGUE[:3] + assistant("x")
 HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 
+def read_row(row):
+    return common.read_row(json.dumps(row).encode()) | dict(where="f:7")
+
 def test_read_jsonl_reads_plain_and_gzip_and_remembers_the_line(tmp_path):
     text = '\ufeff{"prompt": "a"}\n\n{"prompt": "你好"}\r\n'
     (tmp_path / "x.jsonl").write_bytes(text.encode())
@@ -90,18 +93,18 @@ def test_the_embedded_world_is_known_by_its_own_files(tmp_path, monkeypatch):
        (DIALOGUE[:3], [DIALOGUE[3:], OTHER[3:]])) for prompt in ("c", user("c"))],
 ])  # fmt: skip
 def test_prompt_and_responses_of_every_form(row, expected):
-    assert common.prompt_and_responses(dict(row, where="f:7")) == expected
+    assert common.prompt_and_responses(read_row(row)) == expected
 
 @pytest.mark.parametrize("row, says", [
-    (dict(other="a"), "other"), (dict(prompt="a"), "no completion and no assistant message"),
+    (dict(other="a"), "prompt"), (dict(prompt="a"), "no completion and no assistant message"),
     (dict(prompt=3), '"prompt"'), (dict(prompt=[dict(content="a")]), '"prompt"'),
-    (dict(prompt="a", responses=["b", 3]), r'"responses\[1\]"'),
-    (dict(messages="text"), "messages"), (dict(messages=user("a") + [None]), "messages"),
-    *[(dict(messages=user(["a"]) + [turn]), "messages") for turn in assistant("b") + assistant(0)],
+    (dict(prompt="a", responses=["b", 3]), "responses"),
+    (dict(messages="text"), ""), (dict(messages=user("a") + [None]), "messages"),
+    *[(dict(messages=user(["a"]) + [turn]), "messages") for turn in assistant("b") + assistant(5)],
     (dict(messages=[dict(role="user", text="a")]), "messages"),
     (dict(messages=user("a") + assistant([dict(type="image")])), "messages"),
     (dict(prompt=user("a") + assistant(5), completion="b"), '"prompt"'),
-    (dict(chosen="yes", rejected="no"), "chosen"), (dict(chosen=3, rejected=None), "chosen"),
+    (dict(chosen="yes", rejected="no"), "chosen"), (dict(chosen="a"), "rejected"),
     (dict(chosen=f"{HUMAN} b", rejected=HUMAN.replace("Hi", "Ho") + " b"), "chosen"),
     (dict(chosen=DIALOGUE[:2], rejected=DIALOGUE[2:]), "chosen"),
     (dict(chosen=DIALOGUE[:2], rejected="text"), "chosen"),
@@ -109,7 +112,8 @@ def test_prompt_and_responses_of_every_form(row, expected):
 ])  # fmt: skip
 def test_a_line_of_no_form_is_named_in_one_line(row, says):
     with pytest.raises(UserError, match=f"^f:7: [^\n]*{says}[^\n]*$"):
-        common.load_demonstrations([dict(row, where="f:7")], chat_tokenizer(), (), 99)
+        with common.reading("f:7"):
+            common.load_demonstrations([read_row(row)], chat_tokenizer(), (), 99)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -130,6 +134,12 @@ def chat_tokenizer(template=CHATML):
     tokenizer.chat_template = template
     return tokenizer
 
+def ends_of(tokenizer, known=2):
+    """With what else a model's generation config knows."""
+    lm = make_llama(8)
+    lm.generation_config.eos_token_id = known
+    return common.stop_ids(lm, tokenizer)
+
 def parts(tokenizer, example):
     """The text of the prompt and that of the response, which has to be one run to the end."""
     ids, mask = example["ids"], example["mask"]
@@ -143,7 +153,7 @@ def test_text_is_encoded_in_two_parts_with_bos_and_eos():
     example = common.encode(tokenizer, "the sea", " a boat")
     assert example == common.join([1, *prompt], [*response, 2])
     assert common.encode(tokenizer, "the sea", assistant(" a boat")) == example
-    for nothing in ("", assistant(""), assistant(None), assistant([])):
+    for nothing in ("", *[common.plain(assistant(x)) for x in ("", None, [])]):
         assert common.encode(tokenizer, "the sea", nothing) == common.join([1, *prompt], [2])
     assert common.encode(tokenizer, "", " a boat") == common.join([1], [*response, 2])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -161,7 +171,8 @@ def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_rend
     turns = assistant("Hello") + user("a") + assistant("hm|b") + user("c") + assistant("so|d")
     turns += assistant("e")  # not continued: each of the messages is whole
     rows = [dict(messages=turns, where="f:1"), dict(messages=DIALOGUE[:2], where="f:2")]
-    found = [parts(tokenizer, e) for e in common.load_demonstrations(rows, tokenizer, (), 99)]
+    found = common.load_demonstrations(rows, tokenizer, ends_of(tokenizer), 99)
+    found = [parts(tokenizer, example) for example in found]
     begin = "<|im_start|>assistant\n"
     hello, ask = f"{begin}Hello<|im_end|>\n", ("<|im_start|>user\n{}<|im_end|>\n" + begin).format
     assert found == [
@@ -177,9 +188,9 @@ def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_rend
     (ENDLESS, "", "", "", "sea\n<eos>"),  # no token ends the turn
     # A prompt that ends with the assistant's own message is continued.
     (CHATML, "The ", "The ", "The ", "sea<|im_end|>"),
-    (TRIMMING, "The ", "The", "The", " sea<|im_end|>"),
+    (TRIMMING, "The ", "The ", "The ", "sea<|im_end|>"),
     (THINKING, "hm|The ", "hm|The ", "hm|The ", "sea<|im_end|>"),
-    (FORGETTING, "hm|The ", "hm|The ", "The ", "sea<|im_end|>"),  # rewritten
+    (FORGETTING, "hm|The ", "The ", "The ", "sea<|im_end|>"),  # rewritten
 ])  # fmt: skip
 def test_messages_are_the_templates_rendering_in_two_parts(template, begun, asked, before, after):
     tokenizer, prompt = chat_tokenizer(template), chat("system", "你好") + user("a")
@@ -187,31 +198,31 @@ def test_messages_are_the_templates_rendering_in_two_parts(template, begun, aske
     prompt += assistant(begun) if begun else []
     assert tokenizer.decode(common.encode_prompt(tokenizer, prompt)) == begin + asked
     for response in ("sea", assistant("sea")):
-        found = parts(tokenizer, common.encode(tokenizer, prompt, response))
-        assert found == (begin + before, after)
+        example = common.encode(tokenizer, prompt, response, ends=ends_of(tokenizer))
+        assert parts(tokenizer, example) == (begin + before, after)
 
 @pytest.mark.parametrize("template, prompt, response, says", [
-    (None, user("a"), "b", "no chat template"),
+    (None, user("a"), "b", "chat_template is not set"),
     ("{{ raise_exception('no way') }}", user("a"), "b", "chat template: .*no way"),
     (CHATML, user("a"), DIALOGUE[1:], "be one, of"), (CHATML, user("a"), [], "be one, of the ass"),
     (BARE, user(""), "", "no token to learn"),
     (CHATML, "a", [dict(role="assistant", tool_calls=[{}])], "tool call needs a prompt in mess"),
-    (CHATML, user("a") + assistant(None), "b", "to be continued, but has no text"),
     (CHATML, user("a") + [dict(role="assistant", content="b", tool_calls=[{}])], "", "a tool call"),
     (CHATML, "a", "\ud800", ""), (CHATML, user("\ud800"), "b", ""),
 ])  # fmt: skip
 def test_what_cannot_be_encoded_is_named_in_one_line(template, prompt, response, says):
-    with pytest.raises(UserError, match=f"^f:3: [^\n]*{says}[^\n]*$"):
-        common.encode(chat_tokenizer(template), prompt, response, dict(where="f:3"))
+    with pytest.raises(UserError, match=f"^f:3: [^\n]*{says}[^\n]*$"), common.reading("f:3"):
+        common.encode(chat_tokenizer(template), prompt, response)
 
 TOOLS = [dict(type="function", function=dict(name="add", description="", parameters={}))]
 
 def test_all_that_a_message_holds_and_the_tools_go_to_the_template():
-    tokenizer, row = chat_tokenizer(WHOLE), dict(tools=TOOLS, where="f:1")
+    tokenizer, row = chat_tokenizer(WHOLE), dict(tools=TOOLS)
     asked = [dict(role="user", content="1+2?", name="Ann"), dict(role="tool", content="3", of=[1])]
     turn = dict(role="assistant", content="", tool_calls=[dict(id=1)], reasoning_content="hm", x={})
-    before, after = parts(tokenizer, common.encode(tokenizer, asked, [turn], row))
-    row["tools"] = json.dumps(TOOLS)  # so TRL reads them, too
+    ends = ends_of(tokenizer)
+    before, after = parts(tokenizer, common.encode(tokenizer, asked, [turn], row, ends))
+    assert read_row(dict(tools=json.dumps(TOOLS)))["tools"] == TOOLS  # so TRL reads them, too
     assert before == tokenizer.decode(common.encode_prompt(tokenizer, asked, row))
     assert before.startswith(json.dumps(TOOLS)) and before.endswith("<|im_start|>assistant\n")
     read = map(json.loads, re.findall(r"^(\{.*?\})<\|im_end\|>", before + after, re.M))
@@ -243,9 +254,10 @@ def test_every_template_learns_an_answer_and_its_end_after_what_it_renders_befor
     tokenizer, dialogues = markup_tokenizer(path), []
     for turn in (chat, as_parts):
         asked, told = turn("user", "One?") + turn("assistant", "A.B"), turn("user", "Two?")
-        dialogues.append(dict(messages=asked + told + turn("assistant", "C.D"), where=""))
+        dialogues.append(read_row(dict(messages=asked + told + turn("assistant", "C.D"))))
     # Phi-3 has it in the generation config: after it the template writes a newline and EOS.
-    ends = tokenizer.convert_tokens_to_ids(["<|end|>"] if path.stem.startswith("phi3") else [])
+    phi3 = path.stem.startswith("phi3")
+    ends = ends_of(tokenizer, tokenizer.convert_tokens_to_ids("<|end|>") if phi3 else None)
     found = common.load_demonstrations(dialogues[:1], tokenizer, ends, 9999)
     for n, answer, example in zip((1, 3), ("A.B", "C.D"), found, strict=True):
         turns = dialogues[0]["messages"]
@@ -257,8 +269,7 @@ def test_every_template_learns_an_answer_and_its_end_after_what_it_renders_befor
         assert parts(tokenizer, example) == (before, (history + answer)[len(before) :] + end)
     for dialogue in dialogues[1:]:
         assert common.load_demonstrations([dialogue], tokenizer, ends, 9999) == found
-        null, empty = (common.encode(tokenizer, turns[:1], assistant(x)) for x in (None, ""))
-        assert null == empty != found[0]
+        assert common.encode(tokenizer, turns[:1], "", ends=ends) != found[0]
 
 def calls(name):
     return [dict(type="function", function=dict(name=name, arguments=dict(a=1, b=2)))]
@@ -268,10 +279,11 @@ def calls(name):
 def test_pairs_of_tool_calls_under_qwen3s_template(content):
     tokenizer, names = markup_tokenizer(FOLDER / "qwen3.jinja"), ("add", "sub")
     answers = [[dict(role="assistant", content=content, tool_calls=calls(x))] for x in names]
-    pair = dict(prompt=user("1+2?"), chosen=answers[0], rejected=answers[1], tools=TOOLS, where="")
-    judged = reward.read_judgement(tokenizer, (), pair).examples
-    assert rejection_sample.load_pairs([pair], tokenizer, (), 9999) == [judged]
-    assert common.load_demonstrations([pair], tokenizer, (), 9999) == judged[:1]
+    pair = dict(prompt=user("1+2?"), chosen=answers[0], rejected=answers[1], tools=TOOLS)
+    pair, ends = read_row(pair), ends_of(tokenizer)
+    judged = reward.read_judgement(tokenizer, ends, 9999, pair).examples
+    assert rejection_sample.load_pairs([pair], tokenizer, ends, 9999) == [judged]
+    assert common.load_demonstrations([pair], tokenizer, ends, 9999) == judged[:1]
     for name, example in zip(names, judged):
         before, after = parts(tokenizer, example)
         call = '{"name": "%s", "arguments": {"a": 1, "b": 2}}' % name
@@ -377,13 +389,13 @@ def test_prompts_keep_their_keys_and_leave_room_for_an_answer(capsys):
     rows = [dict(prompt=text, completion="x", where="f:1") for text in ("How?", "the sea " * 20)]
     ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
     n, expected = len(ids[1]), [dict(row, ids=own) for row, own in zip(rows, ids)]
-    left_out = f"1 of 2 prompts left out, such as f:1: longer than {n - 1} tokens\n"
+    left_out = f"1 of 2 prompts left out, such as f:1: {n} tokens, not 1 to {n - 1}\n"
     for less, told in ((0, ""), (1, left_out)):
         for flags in (dict(max_prompt_tokens=n - less), dict(max_new_tokens=256 - n + less)):
             prompts = common.load_prompts(rows, tokenizer, ppo.Config(**flags), policy)
             assert prompts == expected[: 2 - less] and capsys.readouterr().out == told
     for flags in (dict(max_prompt_tokens=1), dict(max_new_tokens=256)):
-        with pytest.raises(UserError, match="2 of 2 .*longer than 1 tok|--max_new_tokens 256"):
+        with pytest.raises(UserError, match="2 of 2 .* tokens, not 1 to 1|--max_new_tokens 256"):
             common.load_prompts(rows, tokenizer, ppo.Config(**flags), policy)
 
 STRICT = "{% if messages[0].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}" + CHATML

@@ -108,15 +108,15 @@ BAD_ROWS = [
       for score in (math.nan, 1e999, -(10**400), "3", True, None)],
     ("pointwise", dict(score=1.0), "0 responses"),
     ("pointwise", dict(response="b", completion="c", score=1.0), "2 responses"),
-    ("pairwise", dict(chosen="b"), '"rejected"'),
+    ("pairwise", dict(chosen="b"), "'rejected'"),
     ("pairwise", dict(chosen=3, rejected="c"), '"chosen"'),
     ("pairwise", dict(chosen="b", rejected="c", prompt=None), '"prompt"'),
     ("pairwise", dict(response="b", score=1.0), "--loss"),
     *[("listwise", dict(responses=["b", "c"], ranks=ranks), '"ranks" must')
       for ranks in ([0, 1], [1, 2.5], [1, 10**30], [1], None)],
     ("listwise", dict(responses=["b", "c"], ranks=[1, 2, 3]), "2 responses, expected 3"),
-    ("listwise", dict(responses="bc", ranks=[1, 2]), "responses"),
-    ("listwise", dict(responses=["b", 4], ranks=[1, 2]), '"responses[1]"'),
+    ("listwise", dict(responses="bcd", ranks=[1, 2]), "responses"),
+    ("listwise", dict(responses=["b", 4], ranks=[1, 2]), '"responses"'),
 ]  # fmt: skip
 
 @pytest.mark.parametrize("loss, row, names", BAD_ROWS)
@@ -138,9 +138,9 @@ def test_what_orders_nothing_is_left_out(tmp_path, tiny_folder, capsys):
     expected = told.format("judgements") + told.format("held-out judgements")
     assert capsys.readouterr().out == expected
     pair = dict(prompt=user("a"), chosen="b", rejected=" b", where="")
-    assert reward.read_judgement(chat_tokenizer(), (), pair)
+    assert reward.read_judgement(chat_tokenizer(), (), 99, pair)
     with pytest.raises(common.Unlearnable, match="same response"):
-        reward.read_judgement(chat_tokenizer(TRIMMING), (), pair)
+        reward.read_judgement(chat_tokenizer(TRIMMING), (), 99, pair)
 
 def test_new_head_has_its_spread_and_its_seed(tmp_path):
     save(tmp_path, make_llama(320, hidden_size=1024, num_hidden_layers=1), make_tokenizer())
