@@ -875,14 +875,12 @@ def read_split(path, eval_path, embedded_eval):
     return rows[:-held_out], rows[-held_out:]
 
 def read_all(rows, read, what):
-    """All that read(row) yields, of all rows. What is Unlearnable ends its row, and is counted.
-    UserError for any other mistake, and if there is nothing to return.
-    """
+    """read(row) of all rows but those that are Unlearnable; UserError if there is no other."""
     items, left_out = [], []
     for row in rows:
         with reading(row["where"]):
             try:
-                items.extend(read(row))  # with what it yielded before it raised
+                items.append(read(row))
             except Unlearnable as why:
                 left_out.append(f"{row['where']}: {why}")
     if left_out:
@@ -893,11 +891,9 @@ def read_all(rows, read, what):
     return items
 
 def prompt_and_responses(row):
-    """The prompt of a row of any form, and its responses: one completion, chosen and rejected, K of
-    a ranking, or none.
-    """
+    """A row's prompt, and its responses: one, chosen and rejected, the K of a ranking, or none."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
-    if chosen is not None:
+    if "chosen" in row:
         responses = [chosen, row["rejected"]]
     else:
         responses = [row[key] for key in ("completion", "response") if key in row]
@@ -908,29 +904,24 @@ def prompt_and_responses(row):
             prompt = prompt[:-1]
     # Pairs may be whole dialogues, without a prompt (HH-RLHF) or with it once more (UltraFeedback).
     dialogue = isinstance(chosen, list) and chosen and chosen[0]["role"] != "assistant"
-    if chosen is not None and (prompt is None or dialogue):
-        n = shared_length(*responses)
+    if "chosen" in row and (prompt is None or dialogue):
+        if isinstance(chosen, str):  # they share all up to where the assistant speaks
+            before, turn, _ = os.path.commonprefix(responses).rpartition("\n\nAssistant:")
+            n = len(before + turn)
+        else:  # all but the last message, at most
+            n, last = 0, min(map(len, responses)) - 1
+            while n < last and chosen[n] == row["rejected"][n]:
+                n += 1
         prompt, responses = chosen[:n] or None, [response[n:] for response in responses]
     if prompt is None:
-        why = 'no "prompt", no "messages", and no dialogue that "chosen" and "rejected" share'
-        raise ValueError(f'{why} (rename "conversations" to "messages" of "role" and "content")')
+        raise ValueError('no "prompt" (rename "conversations" to "messages" of "role" and "content")')
     return prompt, responses
 
-def shared_length(chosen, rejected):
-    """How many characters, or messages, two dialogues share before the assistant's last turn."""
-    if isinstance(chosen, str):
-        before, turn, _ = os.path.commonprefix([chosen, rejected]).rpartition("\n\nAssistant:")
-        return len(before + turn)  # 0 where there is no such turn
-    n = 0
-    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
-        n += 1
-    return n
-
-MARK = "\ufdd0"  # stands for an answer; no text holds it
+ANY = dict(role="assistant", content="\ufdd0")  # stands for any answer; no text holds that
 
 def render(tokenizer, prompt, row, turn=None):
     """Messages as text, by the template: with the answer `turn`, or up to where one begins."""
-    answer = [turn or dict(role="assistant", content=MARK)]
+    answer = [turn or ANY]
     # An assistant message that ends a prompt is to be continued; in `messages` each one is whole.
     if prompt and prompt[-1]["role"] == "assistant" and "messages" not in row:
         *prompt, begun = prompt
@@ -942,7 +933,7 @@ def render(tokenizer, prompt, row, turn=None):
     how = dict(tools=row.get("tools") or None, add_generation_prompt=not answer)
     with reading("the chat template", error=Unlearnable):  # it may not know a role, say
         text = tokenizer.apply_chat_template(prompt + answer, tokenize=False, **how)
-    return text.partition(MARK)[0]
+    return text.partition(ANY["content"])[0]
 
 def encode_prompt(tokenizer, prompt, row={}):
     """Token ids: text with its special tokens (no EOS), messages through the chat template."""
@@ -954,9 +945,9 @@ def encode_prompt(tokenizer, prompt, row={}):
     return ids
 
 def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
-    """Prompt and response as an example. The response is tokenised apart from the prompt, as
-    generation sees it: its text, or what the chat template adds to the messages. It goes up to the
-    token at which generation ends: EOS, which is added, or before it one of the ids `ends`.
+    """Prompt and response, its text or what the chat template adds to the messages, as an example;
+    tokenised apart, as generation sees them. A response goes up to the token at which generation
+    ends: EOS, which is added, or before it one of the ids `ends`.
     """
     turn = response if isinstance(response, list) else [dict(role="assistant", content=response)]
     if [message["role"] for message in turn] != ["assistant"]:
@@ -964,8 +955,7 @@ def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     if isinstance(prompt, list):
         before, whole = render(tokenizer, prompt, row), render(tokenizer, prompt, row, turn[0])
         if not whole.startswith(before):  # the template rewrites it: what all answers share
-            other = render(tokenizer, prompt, row, dict(role="assistant", content=MARK))
-            before = os.path.commonprefix([whole, other])
+            before = os.path.commonprefix([whole, render(tokenizer, prompt, row, ANY)])
         prompt_ids = tokenizer.encode(before, add_special_tokens=False)
         text = whole[len(before) :]
     elif turn[0].get("tool_calls"):
@@ -989,50 +979,43 @@ def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     return example
 
 def load_demonstrations(rows, tokenizer, ends, max_tokens):
-    """Examples of SFT data: prompt and completion, a pair's chosen answer, or messages, of which
-    each assistant turn is an example of its own, after the history as the template renders it
-    (Qwen3's drops what was thought before).
+    """Examples of SFT data. Of `messages` each assistant turn is one of its own, after the history
+    as the template renders it (Qwen3's drops what was thought before).
     """
+    turns = []
+    for row in rows:
+        with reading(row["where"]):
+            prompt, responses = prompt_and_responses(row)
+            pairs = [(prompt, response) for response in responses[:1] if "responses" not in row]
+            for i, message in enumerate([] if pairs else row.get("messages", [])):
+                if message["role"] == "assistant":
+                    pairs.append((row["messages"][:i], [message]))
+            if not pairs:
+                raise ValueError("no completion and no assistant message to learn from")
+        turns += [row | dict(prompt=prompt, completion=answer) for prompt, answer in pairs]
 
     def read(row):
-        prompt, responses = prompt_and_responses(row)
-        said = row.get("messages", [])
-        answers = [i for i, message in enumerate(said) if message["role"] == "assistant"]
-        pairs = [(said[:i], said[i : i + 1]) for i in answers]
-        if responses and "responses" not in row:
-            pairs = [(prompt, responses[0])]
-        if not pairs:
-            raise ValueError("no completion and no assistant message to learn from")
-        for before, answer in pairs:
-            yield encode(tokenizer, before, answer, row, ends, max_tokens)
+        return encode(tokenizer, row["prompt"], row["completion"], row, ends, max_tokens)
 
-    return read_all(rows, read, "demonstrations")
+    return read_all(turns, read, "demonstrations")
 
 def load_prompts(rows, tokenizer, cfg, *models):
-    """Rows of any data file -> their prompts, tokenised as `ids`; all else of a row stays with it.
-    Those that leave one of the models no room for an answer are left out.
-    """
+    """Rows of any form with their `prompt` and its `ids`, which leave all models room to answer."""
     room = min(context_length(model.lm) for model in models) - cfg.max_new_tokens
-    if room <= 0:
-        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: a model's context is no longer")
-    embeddings = [model.lm.get_input_embeddings().num_embeddings for model in models]
-    if min(embeddings) < embeddings[0]:
-        raise UserError("--ref has fewer embeddings than --policy")
     longest = min(cfg.max_prompt_tokens, room)
 
     def read(row):
         prompt, _ = prompt_and_responses(row)
         ids = encode_prompt(tokenizer, prompt, row)
         if not 0 < len(ids) <= longest:
-            raise Unlearnable(f"{len(ids)} tokens, not 1 to {longest}")
-        yield row | dict(prompt=prompt, ids=ids)
+            limits = "see --max_prompt_tokens, --max_new_tokens and the model's context"
+            raise Unlearnable(f"{len(ids)} tokens, not 1 to {longest} ({limits})")
+        return row | dict(prompt=prompt, ids=ids)
 
     return read_all(rows, read, "prompts")
 
 def stop_ids(lm, tokenizer):
-    """What ends a response: the EOS ids of the generation config and of the tokenizer, and the
-    special token with which the chat template ends a turn.
-    """
+    """The ids that end a response: EOS of model and tokenizer, and of a turn in the template."""
     config = lm.generation_config if lm.can_generate() else lm.config
     if not lm.can_generate():
         with suppress(OSError):  # the causal LM's, of whose folder a new reward model is made
@@ -1085,14 +1068,13 @@ def load_score(cfg, policy, tokenizer, adapters=False):
     if cfg.reward_fn:
         return function_score(cfg.reward_fn, tokenizer), None
     device = policy.lm.device
-    reward = load_scorer(cfg.reward, device, frozen_dtype(device))
-    reward.requires_grad_(False)
+    reward = load_scorer(cfg.reward, device, frozen_dtype(device)).requires_grad_(False)
     own = load_tokenizer(cfg.reward)
     same = tokenizer.get_vocab().items() <= own.get_vocab().items()
     # A policy may sample ids that its tokenizer does not have, too.
     rows, needed = (m.lm.get_input_embeddings().num_embeddings for m in (reward, policy))
     if not same or rows < needed or not reward.reads_tokens:
-        return text_score(reward, own, stop_ids(policy.lm, tokenizer), tokenizer, cfg), None
+        return text_score(reward, own, policy, tokenizer, cfg), None
     if adapters and cfg.lora_rank:
         add_lora(reward, cfg)
     else:
@@ -1105,41 +1087,34 @@ def load_score(cfg, policy, tokenizer, adapters=False):
 
     return score, reward
 
-def text_score(reward, own, stops, tokenizer, cfg):
+def text_score(reward, own, policy, tokenizer, cfg):
     """Scores by a reward model with a tokenizer of its `own`. A causal one reads prompt and
-    response as reward.py encodes them, without an end where the policy was cut, before one of its
-    `stops`; an encoder reads the last message and the response as a text pair, one by one.
+    response as reward.py encodes them, without their end where the policy was cut; an encoder
+    reads the last message and the response as a text pair, one by one.
     """
-    lm = reward.lm
+    lm, stops = reward.lm, stop_ids(policy.lm, tokenizer)
     ends = stop_ids(lm, own) if reward.reads_tokens else []
     longest = min(context_length(lm), own.model_max_length)
+    how = dict(truncation=True, max_length=longest, return_tensors="pt")
 
     @torch.no_grad()
-    def read_pair(question, text):
-        how = dict(truncation=True, max_length=longest, return_tensors="pt")
-        with autocast(lm.device):
-            logits = lm(**own(question, text, **how).to(lm.device)).logits
-        return logits.flatten()[0].float().cpu() - reward.mean
-
     def score(prompts, responses):
         examples, scores = [], []
         for row, response in zip(prompts, responses):
-            text = tokenizer.decode(response, skip_special_tokens=True)
-            with reading(f"{row['where']}: {cfg.reward}"):  # its template may refuse a prompt
-                if not reward.reads_tokens:
-                    scores.append(read_pair(last_message(row["prompt"]), text))
-                    continue
-                ids = encode(own, row["prompt"], text, row, ends)["ids"]
-            if response[-1] not in stops and ids[-1] in ends:
-                ids = ids[:-1]
-            examples.append(join(ids[:-1], ids[-1:]))  # the score is read at the last token
+            prompt, text = row["prompt"], tokenizer.decode(response, skip_special_tokens=True)
+            with reading(f"{row['where']}: {cfg.reward}"), autocast(lm.device):
+                if reward.reads_tokens:
+                    ids = encode(own, prompt, text, row, ends)["ids"]
+                    if response[-1] not in stops and ids[-1] in ends:
+                        ids = ids[:-1]
+                    examples.append(join(ids[:-1], ids[-1:]))  # it is scored at the last token
+                else:
+                    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+                    logits = lm(**own(question, text, **how).to(lm.device)).logits
+                    scores.append(logits.flatten()[0].float().cpu() - reward.mean)
         return torch.stack(scores) if scores else evaluate(reward.last, examples, cfg, lm.device)
 
     return score
-
-def last_message(prompt):
-    """What is asked: the text of a prompt, or of the last of its messages."""
-    return prompt if isinstance(prompt, str) else "".join(m["content"] for m in prompt[-1:])
 
 def both_logprobs(policy, ref, batch, temperature):
     """Log-probs of the policy and, without gradients, of the frozen reference: (B, T), (B, T)."""
@@ -1150,9 +1125,8 @@ def both_logprobs(policy, ref, batch, temperature):
 
 @torch.no_grad()
 def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
-    """Answer `prompts` with a fixed seed. Returns lists over the prompts: the texts, their scores
-    before any penalty and gold scores, empty where there is no judge, whether they ended by
-    themselves, and their KL to the reference in nats.
+    """Answers with a fixed seed, as lists over the prompts: texts, scores before any penalty and
+    gold scores (empty without a judge), whether they ended by themselves, KL to the reference.
     """
     ids = [prompt["ids"] for prompt in prompts]
     sampler.sync(policy)
@@ -1172,9 +1146,8 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     )
 
 def compare(prompts, **answers):
-    """Rows for samples.jsonl, each prompt with the answers to it, and the means for eval.json, with
-    the shares of good answers by kind and task. Each of `answers`, such as before=..., after=...,
-    is what `answer_prompts` returns.
+    """Rows for samples.jsonl, and the means for eval.json, with the shares of good answers by kind
+    and task. Each of `answers`, before=... or after=..., is what `answer_prompts` returns.
     """
     rows = [dict(prompt=prompt["prompt"]) for prompt in prompts]
     seen = {}
@@ -1196,7 +1169,7 @@ def print_answers(results, rows):
     for key, number in results.items():
         print(f"  {key:36}{number:8.3f}" if isinstance(number, float) else f"  {key:36}{number}")
     for row in rows[:: max(1, len(rows) // 6)]:
-        print(f"\n  {last_message(row['prompt'])[-300:]}")
+        print(f"\n  {str(row['prompt'])[-300:]}")
         for name, text in row.items():
             if isinstance(text, str) and name != "prompt":
                 print(f"    {name:10} {text[:300]}")

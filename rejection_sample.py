@@ -292,7 +292,7 @@ def load_pairs(rows, tokenizer, ends, max_length):
         pair = [common.encode(tokenizer, prompt, r, row, ends, max_length) for r in responses]
         if pair[0] == pair[1]:
             raise common.Unlearnable("chosen and rejected are the same")
-        yield pair
+        return pair
 
     return common.read_all(rows, read, "pairs")
 

@@ -116,7 +116,7 @@ def load_judgements(cfg, tokenizer, ends, max_length):
         judgement = read_judgement(tokenizer, ends, max_length, row)
         if judgement.form != form:
             raise ValueError(f"{judgement.form} data, expected {form} (--loss {cfg.loss})")
-        yield judgement
+        return judgement
 
     judgements = common.read_all(train_rows, partial(read, cfg.loss), "judgements")
     read_held_out = partial(read, form_of(eval_rows[0]))  # one form, maybe not that of --loss
