@@ -817,8 +817,6 @@ def epoch_batch(n, size, step, seed):
 # A line of a data file becomes a row: its keys, and its `where`, "file:line". A prompt or response
 # is text, or chat messages, which go to the chat template with all they hold and the row's `tools`.
 
-TEXTS = {"prompt", "messages", "completion", "response", "responses", "chosen", "rejected"}
-
 class Unlearnable(ValueError):
     """Of a line that is left out and counted: nothing can be learned from it."""
 
@@ -837,11 +835,12 @@ def read_jsonl(path):
     return rows
 
 def read_row(line):
-    """A line's keys that are not null, its messages `plain`, its tools as a list."""
+    """The keys of a line that are not null: texts and messages `plain`, tools as a list."""
+    texts = "prompt messages completion response responses chosen rejected".split()
     row = json.loads(line.decode("utf-8-sig"))
     json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     row = {key: value for key, value in row.items() if value is not None}
-    for key in TEXTS.intersection(row):
+    for key in row.keys() & texts:
         with reading(f'"{key}" is not text, nor chat messages', error=ValueError):
             row[key] = plain(row[key])
     if isinstance(row.get("tools"), str):
@@ -893,11 +892,10 @@ def read_all(rows, read, what):
 def prompt_and_responses(row):
     """A row's prompt, and its responses: one, chosen and rejected, the K of a ranking, or none."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
+    responses = [row[key] for key in ("completion", "response") if key in row]
+    responses += row.get("responses", [])
     if "chosen" in row:
         responses = [chosen, row["rejected"]]
-    else:
-        responses = [row[key] for key in ("completion", "response") if key in row]
-        responses += row.get("responses", [])
     if "messages" in row and (prompt is None or not responses):
         prompt = row["messages"]
         while prompt and prompt[-1]["role"] == "assistant":
@@ -905,16 +903,15 @@ def prompt_and_responses(row):
     # Pairs may be whole dialogues, without a prompt (HH-RLHF) or with it once more (UltraFeedback).
     dialogue = isinstance(chosen, list) and chosen and chosen[0]["role"] != "assistant"
     if "chosen" in row and (prompt is None or dialogue):
-        if isinstance(chosen, str):  # they share all up to where the assistant speaks
+        n = len(chosen) - 1  # messages: all but the last
+        if isinstance(chosen, str):  # up to where the assistant speaks
             before, turn, _ = os.path.commonprefix(responses).rpartition("\n\nAssistant:")
             n = len(before + turn)
-        else:  # all but the last message, at most
-            n, last = 0, min(map(len, responses)) - 1
-            while n < last and chosen[n] == row["rejected"][n]:
-                n += 1
+        elif chosen[:n] != row["rejected"][:n]:
+            raise Unlearnable('"chosen" and "rejected" answer different prompts')
         prompt, responses = chosen[:n] or None, [response[n:] for response in responses]
     if prompt is None:
-        raise ValueError('no "prompt" (rename "conversations" to "messages" of "role" and "content")')
+        raise ValueError('no "prompt" (is "conversations" to be "messages", of role and content?)')
     return prompt, responses
 
 ANY = dict(role="assistant", content="\ufdd0")  # stands for any answer; no text holds that
@@ -982,21 +979,21 @@ def load_demonstrations(rows, tokenizer, ends, max_tokens):
     """Examples of SFT data. Of `messages` each assistant turn is one of its own, after the history
     as the template renders it (Qwen3's drops what was thought before).
     """
-    turns = []
-    for row in rows:
-        with reading(row["where"]):
-            prompt, responses = prompt_and_responses(row)
-            pairs = [(prompt, response) for response in responses[:1] if "responses" not in row]
-            for i, message in enumerate([] if pairs else row.get("messages", [])):
-                if message["role"] == "assistant":
-                    pairs.append((row["messages"][:i], [message]))
-            if not pairs:
-                raise ValueError("no completion and no assistant message to learn from")
-        turns += [row | dict(prompt=prompt, completion=answer) for prompt, answer in pairs]
+
+    def split(row):
+        prompt, responses = prompt_and_responses(row)
+        pairs = [(prompt, response) for response in responses[:1] if "responses" not in row]
+        for i, message in enumerate([] if pairs else row.get("messages", [])):
+            if message["role"] == "assistant":
+                pairs.append((row["messages"][:i], [message]))
+        if not pairs:
+            raise ValueError("no completion and no assistant message to learn from")
+        return [row | dict(prompt=prompt, completion=answer) for prompt, answer in pairs]
 
     def read(row):
         return encode(tokenizer, row["prompt"], row["completion"], row, ends, max_tokens)
 
+    turns = [turn for turns in read_all(rows, split, "dialogues") for turn in turns]
     return read_all(turns, read, "demonstrations")
 
 def load_prompts(rows, tokenizer, cfg, *models):
@@ -1008,8 +1005,7 @@ def load_prompts(rows, tokenizer, cfg, *models):
         prompt, _ = prompt_and_responses(row)
         ids = encode_prompt(tokenizer, prompt, row)
         if not 0 < len(ids) <= longest:
-            limits = "see --max_prompt_tokens, --max_new_tokens and the model's context"
-            raise Unlearnable(f"{len(ids)} tokens, not 1 to {longest} ({limits})")
+            raise Unlearnable(f"{len(ids)} tokens, not 1 to {longest}; see --max_new_tokens")
         return row | dict(prompt=prompt, ids=ids)
 
     return read_all(rows, read, "prompts")
@@ -1088,9 +1084,8 @@ def load_score(cfg, policy, tokenizer, adapters=False):
     return score, reward
 
 def text_score(reward, own, policy, tokenizer, cfg):
-    """Scores by a reward model with a tokenizer of its `own`. A causal one reads prompt and
-    response as reward.py encodes them, without their end where the policy was cut; an encoder
-    reads the last message and the response as a text pair, one by one.
+    """Scores by a reward model with a tokenizer of its `own`. A causal one reads what reward.py
+    makes of the texts, an encoder the last message and the response as a text pair, one by one.
     """
     lm, stops = reward.lm, stop_ids(policy.lm, tokenizer)
     ends = stop_ids(lm, own) if reward.reads_tokens else []
@@ -1105,7 +1100,7 @@ def text_score(reward, own, policy, tokenizer, cfg):
             with reading(f"{row['where']}: {cfg.reward}"), autocast(lm.device):
                 if reward.reads_tokens:
                     ids = encode(own, prompt, text, row, ends)["ids"]
-                    if response[-1] not in stops and ids[-1] in ends:
+                    if response[-1] not in stops and ids[-1] in ends:  # the response was cut
                         ids = ids[:-1]
                     examples.append(join(ids[:-1], ids[-1:]))  # it is scored at the last token
                 else:

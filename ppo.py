@@ -220,7 +220,8 @@ def ptx_backward(policy, demonstrations, update, totals, cfg):
 
 def print_samples(run, questions, responses, scores, rollout, tokenizer, cfg):
     """On stderr, now and then: two answers, and with --trace the first one token by token."""
-    asked = [tokenizer.decode(question["ids"])[-200:] for question in questions[:2]]
+    queries = [question["ids"] for question in questions[:2]]
+    asked = [tokenizer.decode(query, skip_special_tokens=True)[-200:] for query in queries]
     if cfg.sample_every and run.step % cfg.sample_every == 0:
         for question, response, score in zip(asked, responses, scores):
             text = tokenizer.decode(response, skip_special_tokens=True)[:200]
