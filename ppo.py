@@ -107,7 +107,9 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     return rewards
 
 def group_advantages(rewards, mask, group):
-    """RLOO (Ahmadian et al. 2024): a total reward less the mean of its prompt's others: (B, T)."""
+    """RLOO (Ahmadian et al. 2024): an episode's total reward less the mean total of the `group` - 1
+    other answers to its prompt, on each of its tokens: (B, T).
+    """
     totals = rewards.sum(1).view(-1, group)  # (B / group, group): a prompt's answers in a row
     others = totals.sum(1, keepdim=True) - totals  # their sum
     advantages = totals - others / (group - 1)
@@ -116,7 +118,11 @@ def group_advantages(rewards, mask, group):
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, objective="clip", cliprange=0.2, beta=0.0
 ):
-    """(loss, stats): minus the objective (8.20), (8.21) or (8.8). Means over real tokens."""
+    """Minus the objective (8.20), (8.21) or (8.8), a mean over real tokens; all inputs (B, T).
+
+    Returns (loss, stats): approx_kl, of pi_old from pi; clipfrac, the share of tokens that the clip
+    stops; ratio, its mean. Raises ValueError for another objective.
+    """
     logratio = (logprobs - old_logprobs) * mask  # (B, T)
     ratio = logratio.exp()  # rho_t; 1 on padding
     kl = (ratio - 1) - logratio  # Schulman (2020): never negative, its mean is KL(pi_old, pi)
@@ -191,7 +197,7 @@ def make_rollout(queries, responses, policy, ref, value, cfg):
     tensors = measured.unbind(-1)  # 3 or 4 of (B, T)
     return common.collate(examples) | dict(zip(names, tensors))
 
-def micro_batches(rollout, minibatch, lengths, cfg, device):
+def weighted_parts(rollout, minibatch, lengths, cfg, device):
     """The episodes `minibatch` in parts that fit the device, each with its share of the tokens."""
     tokens = rollout["mask"][minibatch].sum()  # response tokens
     budget = common.token_budget(cfg, device)  # padded tokens a part
@@ -385,7 +391,7 @@ def main(cfg):  # Algorithm 1
         history = []  # the statistics of each minibatch
         for _ in range(epochs):
             for minibatch in torch.randperm(B, generator=shuffle).chunk(cfg.minibatches):
-                batches = micro_batches(rollout, minibatch, lengths, cfg, device)
+                batches = weighted_parts(rollout, minibatch, lengths, cfg, device)
                 totals = defaultdict(float)  # the minibatch's means, tensors on the device
                 for batch, share in batches:
                     logprobs, _ = policy(batch, cfg.temperature)  # (b, t), of pi
