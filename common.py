@@ -14,7 +14,8 @@ import argparse
 import copy
 import fcntl
 import gzip
-import importlib.util
+import importlib
+import io
 import json
 import math
 import os
@@ -50,15 +51,15 @@ class UserError(Exception):
     """A mistake of the user's, told in one line; the command line turns it into exit code 2."""
 
 @contextmanager
-def reading(what, *more, error=UserError):
-    """Around what the user brings (a file, a model, a template, a function): turns any exception,
-    and those of `more`, into an `error` that begins with `what`; for a script, with the line.
+def reading(what, error=UserError):
+    """Around what the user brings (a file, a model, a template, a function): turns any exception
+    into an `error` that begins with `what`; for a script, with the line.
     """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (Exception, *more) as problem:
+    except (Exception, SystemExit) as problem:
         calls = traceback.extract_tb(problem.__traceback__)
         lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]
         kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
@@ -321,7 +322,8 @@ def load_model(kind, path, device, dtype, new_head=False):
     scores = kind == "SequenceClassification" and not new_head  # it is a reward model already
     with reading(path):
         if (Path(path) / "adapter_config.json").exists():
-            peft = optional_package("peft", f"{path} is an adapter")
+            with reading(f"{path} is an adapter: pip install peft"):
+                import peft
             adapter = peft.PeftConfig.from_pretrained(path)
             base = adapter.base_model_name_or_path
             if scores != (adapter.task_type == "SEQ_CLS"):
@@ -701,7 +703,8 @@ def add_lora(module, cfg):
     """
     if not cfg.lora_rank:
         return
-    peft = optional_package("peft", "--lora_rank")
+    with reading("--lora_rank: pip install peft"):
+        import peft
     settings = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear")
     if isinstance(module, Scorer):
         settings |= dict(task_type="SEQ_CLS", modules_to_save=["score"])
@@ -1036,7 +1039,7 @@ def function_score(spec, tokenizer):
     if not path:
         raise UserError(f"{spec}: expected file.py:function")
     path = Path(path).resolve()
-    with reading(path, SystemExit):  # the only code that is executed from a path
+    with reading(path):  # the only code that is executed from a path
         sys.path.append(str(path.parent))  # its neighbours, as for a script
         function = runpy.run_path(str(path))[name]
 
@@ -1044,10 +1047,12 @@ def function_score(spec, tokenizer):
         mine = slice(rank(), None, world_size())
         texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses[mine]]
         questions = copy.deepcopy([row["prompt"] for row in prompts[mine]])  # it may change its own
-        with reading(path, SystemExit):
-            scores = [float(number) for number in function(questions, texts)] if texts else []
-        if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
-            raise UserError(f"{spec}: expected {len(texts)} finite scores, got {scores[:8]}")
+        n, scores = len(texts), []
+        if n:
+            with reading(path):
+                scores = [float(number) for number in function(questions, texts)]
+            if len(scores) != n or not all(map(math.isfinite, scores)):
+                raise UserError(f"{spec}: expected {n} finite scores, got {scores[:8]}")
         return torch.tensor(gather(scores))
 
     return score
@@ -1171,9 +1176,21 @@ def print_answers(results, rows):
 
 # ---------------------------------------------------------------------------------------- the run
 
-def flag(default, help, **limits):
-    """A setting, and the flag of that name. Limits: over, least, most; or choices."""
-    return field(default=default, metadata=dict(help=help, **limits))
+def flag(default, help, choices=None, over=-math.inf, least=-math.inf, most=math.inf):
+    """A setting, and the flag of that name. A number is finite, over `over`, ..."""
+    kind = type(default)
+
+    def parse(text):
+        value = kind(text)
+        if kind is not str and not (over < value < math.inf and least <= value <= most):
+            limits = f"over {over}, from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {limits}")
+        return value
+
+    how = dict(type=parse, choices=choices, metavar="|".join(choices or [kind.__name__]))
+    if kind is bool:
+        how = dict(action="store_true")
+    return field(default=default, metadata=dict(help=f"{help} [{default}]", **how))
 
 @dataclass
 class Settings:
@@ -1193,7 +1210,9 @@ class Settings:
     lora_rank: int = flag(0, "train adapters of this rank, by peft; 0: all weights", least=0)
     lora_alpha: float = flag(32.0, "the adapters are scaled by alpha / rank", over=0)
 
-FREE = ("out", "resume", "overwrite", "save_every", "device")  # may change in a resumed run
+# What may change in a resumed run, and which settings name files or folders that a run reads.
+FREE = ("out", "resume", "overwrite", "save_every", "device", "inputs")
+INPUTS = "model policy ref reward reward_fn gold_fn data eval_data pairs ptx_data".split()
 
 # What a run writes into its folder. --overwrite removes these, and nothing else.
 OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sft.jsonl dpo.jsonl
@@ -1218,146 +1237,119 @@ class Run:
     def __init__(self, cfg):
         """Raises UserError when the folder is taken and no flag says what to do; writes nothing."""
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.metrics = None  # the open file
         self.stop_signal = 0
         self.report_due = 0.0
-        if cfg.resume and cfg.overwrite:
-            raise UserError("--resume continues the run, --overwrite replaces it: give one of them")
         sequences = cfg.batch_size // getattr(cfg, "minibatches", 1)
         if sequences % world_size():
-            many = f"{sequences} sequences a step for {world_size()} processes"
-            raise UserError(f"--batch_size: {many}, expected a multiple")
-        self.settings = asdict(cfg)
-        self.settings["inputs"] = changed_at(cfg)
+            raise UserError(f"--batch_size: {sequences} a step, not for {world_size()} processes")
+        self.inputs = {}  # when each file and folder was changed
+        for name in INPUTS:
+            value = getattr(cfg, name, "")
+            path = Path(value.rpartition(":")[0] or value)  # of file.py:function, file.py
+            if value and path.exists():
+                files = [path, *path.glob("*")]
+                self.inputs[str(path)] = max(file.stat().st_mtime_ns for file in files)
+        self.settings = asdict(cfg) | dict(inputs=self.inputs)
         self.check_folder()
 
     def check_folder(self):
-        """Raises UserError unless the flags allow to begin, continue or replace a run here."""
-        path = self.out / "run.json"
-        with reading(f"--out {self.out}"):
-            names = [p.name for p in self.out.iterdir()] if self.out.exists() else []
+        """The settings of the run to continue, {} to begin anew; UserError if no flag says so."""
+        with reading(f"--out {self.out} is not empty, and its run.json is not a run's"):
+            names = [path.name for path in self.out.iterdir()] if self.out.exists() else []
+            # A kill may leave these before there is a run.json.
             if all(name == "metrics.jsonl" or name.endswith(".tmp") for name in names):
-                return
-        with reading(path):
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "inputs" not in before:
-            raise UserError(f"--out {self.out} is not empty and holds no run: choose another --out")
-        self.lock()
-        if self.cfg.overwrite:
-            for path in map(Path, self.settings["inputs"]):
-                if self.out.resolve() in [path.resolve(), *path.resolve().parents]:
-                    raise UserError(f"--overwrite {self.out}: it holds what this run reads, {path}")
-        elif (self.out / "eval.json").exists():
-            self.remove(["checkpoint.pt"])  # a kill in the run's last moment may have left it
-            how = "start it anew with --overwrite, or choose another --out"
-            raise UserError(f"--out {self.out}: this run is finished; {how}")
-        elif not self.cfg.resume:
-            how = "continue it with --resume, replace it with --overwrite, or choose another --out"
-            raise UserError(f"--out {self.out} holds a run: {how}")
-        else:
-            self.compare_settings(before)
+                return {}
+            before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+            if "inputs" not in before:
+                raise ValueError("it is another program's")
+        finished = (self.out / "eval.json").exists()
+        if self.cfg.resume and not finished:
+            for key, value in self.settings.items():
+                if key not in FREE and before.get(key) != value:
+                    raise UserError(f"--resume {self.out}: --{key} was {before.get(key)!r}")
+            return before
+        if not self.cfg.overwrite:
+            what = "a finished run" if finished else "a run that --resume continues"
+            how = "--overwrite replaces it, another --out keeps it"
+            raise UserError(f"--out {self.out} holds {what}; {how}")
+        for path in map(Path, self.inputs):
+            if path.resolve().is_relative_to(self.out.resolve()):
+                raise UserError(f"--overwrite {self.out}: it holds what this run reads, {path}")
+        return {}
 
-    def compare_settings(self, before):
-        """A resumed run has the settings that it began with. Inputs that have changed are told."""
-        for key, value in self.settings.items():
-            if key not in FREE and key != "inputs" and before.get(key) != value:
-                was = f"--{key} was {before.get(key)!r}"
-                raise UserError(f"--resume {self.out}: the settings differ ({was})")
-        for path, changed in before["inputs"].items():
-            if self.settings["inputs"].get(path) != changed:
-                print(f"--resume {self.out}: {path} is not what this run began with")
-
-    def lock(self):
-        """Whoever holds metrics.jsonl is the one run in this folder."""
-        if rank() > 0 or self.metrics is not None:
-            return
-        metrics = open(self.out / "metrics.jsonl", "ab")
-        try:
-            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {self.out}: another run is writing there") from None
-        self.metrics = metrics
-
-    def begin(self, **objects):
-        """Write the settings, and put `objects` where a resumed run left off, in place: pairs of a
-        model and its optimiser, and dicts of numbers. They are what a checkpoint holds. Nothing is
-        written before this call: all input must have been read by then.
+    def begin(self, coefs=None, **trained):
+        """Write the settings, and put where a resumed run left off, in place, what a checkpoint
+        holds: the numbers `coefs`, and pairs of a model and its optimiser. Nothing is written
+        before this call: all input must have been read by then.
         """
-        self.objects = objects
+        self.coefs, self.trained = coefs or {}, trained
         gather([])  # each process has looked at the folder
         if rank() == 0:
             with reading(f"--out {self.out}"):
                 self.out.mkdir(parents=True, exist_ok=True)
-            if self.metrics is None:
-                self.lock()
-                self.check_folder()  # another run may have begun since
-            if not (self.cfg.resume and (self.out / "run.json").exists()):
+                self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+            with reading(f"--out {self.out}: another run is writing there"):
+                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = self.check_folder()  # another run may have begun since
+            if not before:
                 # A kill in between leaves the old run or the new one, none that seems finished.
-                self.remove(OWN_FILES)
-                write_json(self.out / "run.json", self.settings)
+                for name in OWN_FILES:
+                    for path in self.out.glob(name):
+                        path.unlink()
+                write_file(self.out / "run.json", json.dumps(self.settings, indent=2))
+            for path, changed in before.get("inputs", {}).items():
+                if self.inputs.get(path) != changed:
+                    print(f"--resume {self.out}: {path} is not what this run began with")
         gather([])
-        state = dict(step=0, metrics_bytes=0)
+        state = dict(step=0, rows=[])
         path = self.out / "checkpoint.pt"
         if path.exists():
             with reading(path):
                 state = torch.load(path, weights_only=True, map_location="cpu")
-                for name, thing in objects.items():
-                    if isinstance(thing, dict):
-                        thing.update(state[name])
-                        continue
-                    weights, moments = state[name]
-                    states.set_model_state_dict(thing[0], weights, options=LOADING)
-                    if moments:
-                        states.set_optimizer_state_dict(*thing, moments, options=LOADING)
+                self.coefs.update(state["coefs"])
+                for name, (model, optimizer) in trained.items():
+                    weights, *moments = state[name]
+                    states.set_model_state_dict(model, weights, options=LOADING)
+                    for some in moments:
+                        states.set_optimizer_state_dict(model, optimizer, some, options=LOADING)
             print(f"resumed {self.out} after step {state['step']}")
-        self.start = state["step"]
+        self.start, self.rows = state["step"], state["rows"]
         if rank() == 0:
-            if self.metrics.tell() < state["metrics_bytes"]:
-                raise UserError(f"{self.out}: metrics.jsonl is shorter than when it was saved")
-            self.metrics.truncate(state["metrics_bytes"])  # later steps are run again
+            self.metrics.truncate(0)  # later steps are run again
+            for row in self.rows:
+                print(json.dumps(row), file=self.metrics, flush=True)
 
     def checkpoint(self, step):
-        """Write it under a temporary name, and rename it over the one before."""
-        state = dict(step=step)
-        for name, thing in self.objects.items():
-            state[name] = thing
-            if isinstance(thing, dict):
-                continue
-            model, optimizer = thing
+        state = dict(step=step, rows=self.rows, coefs=self.coefs)
+        for name, (model, optimizer) in self.trained.items():
             weights = states.get_model_state_dict(model, options=SAVING)
             # A tied head is a second name of the frozen embeddings: it is left out.
-            trained = [n for n, p in model.named_parameters() if p.requires_grad]
-            weights = {n: weights[n] for n in trained if n in weights}
-            moments = None
+            trained = {n for n, p in model.named_parameters() if p.requires_grad}
+            state[name] = [{n: w for n, w in weights.items() if n in trained}]
             if optimizer.state:  # get_ would make an empty one, and the run another
                 moments = states.get_optimizer_state_dict(model, optimizer, options=SAVING)
-            state[name] = weights, moments
-        if rank() == 0:
-            os.fsync(self.metrics.fileno())
-            state["metrics_bytes"] = self.metrics.tell()
-            with replacing(self.out / "checkpoint.pt") as path, reading(path):
-                torch.save(state, path)
+                state[name].append(moments)
+        write_file(self.out / "checkpoint.pt", state)
 
     def steps(self, total):
         """Yield the step numbers from 1, or from where a resumed run stopped, to `total`."""
+        steps, name = range(self.start + 1, total + 1), self.out.name
+        self.bar = tqdm(steps, name, total, initial=self.start, disable=rank() > 0)
         before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=total, initial=self.start, desc=self.out.name, disable=rank() > 0)
         try:
-            for step in range(self.start + 1, total + 1):
+            for step in self.bar:
                 self.step, self.began = step, time.perf_counter()
                 seed_global(self.cfg.seed, step)
                 yield step
-                self.bar.update()
                 self.stop_signal = max(gather([self.stop_signal]))  # all stop after the same step
                 every = self.cfg.save_every
-                if self.stop_signal or (every and step % every == 0 and step < total):
+                if self.stop_signal or (every and step % every == 0):
                     self.checkpoint(step)
                 if self.stop_signal:
-                    self.print(f"stopped after step {step}; --resume continues")
+                    self.bar.write(f"stopped after step {step}; --resume continues")
                     gather([])  # torchrun ends the others as soon as one has ended
                     raise SystemExit(128 + self.stop_signal)
         finally:
-            self.bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -1368,12 +1360,7 @@ class Run:
         if self.stop_signal and world_size() == 1:
             raise KeyboardInterrupt
         self.stop_signal = number
-        self.print("stopping after this step (again: at once)")
-
-    def print(self, text):
-        """On stderr, beside the progress bar."""
-        if rank() == 0:
-            tqdm.write(text, file=sys.stderr)
+        self.bar.set_description("stopping after this step (again: at once)")
 
     def log(self, show, **metrics):
         """One line of metrics.jsonl; `show` names the few that the progress bar has room for."""
@@ -1381,82 +1368,52 @@ class Run:
             return
         row = dict(step=self.step, **metrics, seconds=time.perf_counter() - self.began)
         row = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
-        self.metrics.write((json.dumps(row) + "\n").encode())
-        self.metrics.flush()
+        self.rows.append(row)
+        print(json.dumps(row), file=self.metrics, flush=True)
         self.bar.set_postfix({name: row[name] for name in show}, refresh=False)
         if time.perf_counter() > self.report_due:
             self.write_report()
             self.report_due = time.perf_counter() + 10
 
-    def write_report(self, results=None):
+    def write_report(self, results=None, samples=()):
         """report.html: the template in data/ with what is known so far put in."""
-        known = dict(title=str(self.out), results=results, settings=self.settings)
-        for name in ("metrics", "samples"):
-            path = self.out / f"{name}.jsonl"
-            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-            known[name] = [json.loads(line) for line in lines if line]
+        known = dict(title=str(self.out), settings=self.settings, metrics=self.rows)
+        known |= dict(results=results, samples=samples)
         data = json.dumps(known).replace("<", "\\u003c")  # no answer may end the script
         template = (EMBEDDED / "report.html").read_text(encoding="utf-8")
-        write_text(self.out / "report.html", template.replace('"DATA"', data))
+        write_file(self.out / "report.html", template.replace('"DATA"', data))
 
-    def finish(self, module, tokenizer, results):
+    def finish(self, module, tokenizer, results, samples=()):
         """Save the model, if any, and its tokenizer; eval.json is last: it says `finished`."""
         check_finite(results, "the run has diverged, so no model is saved")
-        temporary = self.out / "model.tmp"
-        self.remove(["model.tmp/*"])
+        if samples:
+            write_jsonl(self.out / "samples.jsonl", samples)
         if module is not None:
-            with reading(temporary):  # a full disk, say
-                save_model(module, temporary)
+            with reading(self.out):  # a full disk, say
+                save_model(module, self.out)
                 if rank() == 0:
-                    tokenizer.save_pretrained(temporary)
-        if rank():
-            return
-        if module is not None:
-            for path in temporary.iterdir():
-                os.replace(path, self.out / path.name)
-            temporary.rmdir()
-        self.write_report(results)
-        self.metrics.close()
-        write_json(self.out / "eval.json", results)
-        self.remove(["checkpoint.pt"])
-
-    def remove(self, names):
+                    tokenizer.save_pretrained(self.out)
         if rank() == 0:
-            for name in names:
-                for path in self.out.glob(name):
-                    path.unlink()
+            self.write_report(results, samples)
+            self.metrics.close()
+            write_file(self.out / "eval.json", json.dumps(results, indent=2))
+            (self.out / "checkpoint.pt").unlink(missing_ok=True)
 
-def changed_at(cfg):
-    """The files and folders among the settings, which the run reads, and when each was changed."""
-    changed = {}
-    for setting in fields(cfg):
-        value = getattr(cfg, setting.name)
-        if setting.type is str and "choices" not in setting.metadata and setting.name != "out":
-            path = Path(value.rpartition(":")[0] or value)  # of file.py:function, file.py
-            if value and path.exists():
-                files = [path, *path.glob("*")]
-                changed[str(path)] = max(file.stat().st_mtime_ns for file in files)
-    return changed
-
-@contextmanager
-def replacing(path):
-    """A name to write to: whoever looks at `path` sees the old file or the new one, whole."""
-    temporary = Path(f"{path}.tmp")
-    yield temporary
-    with open(temporary, "rb") as file:
+def write_file(path, content):
+    """Text, or else by torch.save. Whoever looks sees the old file or the new one, whole."""
+    if rank() > 0:
+        return
+    with reading(path), open(f"{path}.tmp", "wb") as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(content, file)
+        file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-def write_text(path, text):
-    if rank() == 0:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(file.name, path)
 
 def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 def make_missing_stages(cfg):
     """Run sft.py and reward.py in this process for the default folders that are not finished."""
@@ -1467,9 +1424,8 @@ def make_missing_stages(cfg):
             raise UserError(f"{folder} is missing: make it first, by {name}.py")
         print(f"{folder} is missing: running {name}.py")
         stage = importlib.import_module(name)
-        own = stage.Config(out=folder, seed=cfg.seed, device=cfg.device)
+        own = stage.Config(out=folder, resume=True, seed=cfg.seed, device=cfg.device)
         own.model = cfg.policy if name == "reward" else ""
-        own.resume = (Path(folder) / "run.json").exists()
         stage.main(own)
 
 # ----------------------------------------------------------------------------------- command line
@@ -1488,29 +1444,11 @@ def choose_device(name):
         torch.cuda.set_device(device)  # what memory statistics speak of
     return device
 
-def optional_package(name, why):
-    """A package that the user may have. UserError with the command that installs it."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{why}: it needs {name} (pip install {name})")
-    return importlib.import_module(name)
-
-def check_flags(cfg):
-    """Raises UserError where a setting is not within the limits that its `flag` names."""
-    for setting in fields(cfg):
-        value, limits = getattr(cfg, setting.name), dict(setting.metadata)
-        limits.pop("help")
-        if type(value) in (int, float):
-            over, least = limits.get("over", -math.inf), limits.get("least", -math.inf)
-            if not (over < value >= least and value <= limits.get("most", sys.float_info.max)):
-                expected = json.dumps(limits) if limits else "finite"
-                raise UserError(f"--{setting.name} {value}: expected a number, {expected}")
-
-class Output:
+class Output(io.TextIOBase):
     """stdout that never ends a run: what cannot be encoded is replaced, a closed pipe is left."""
 
     def __init__(self, stream):
         self.stream = stream
-        stream.reconfigure(errors="replace")
 
     def write(self, text):
         try:
@@ -1519,50 +1457,33 @@ class Output:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
 def command_line(config_class, main, doc):
     """Parse the flags and run `main`; a UserError becomes one line on stderr and exit code 2."""
-    script = Path(sys.argv[0]).name
-
-    def fail(line):
-        print(f"{script}: {line}", file=sys.stderr)
-        sys.exit(2)
-
-    style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        usage=f"{script} [--flag value ...]", description=doc, allow_abbrev=False,
-        formatter_class=lambda prog: style(prog, max_help_position=36, width=110),
-    )  # fmt: skip
-    parser.error = lambda message: fail(f"{message} (see {script} --help)")
+        usage=argparse.SUPPRESS,  # or an error would be two lines
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 36, 110),
+    )
     shared = [setting.name for setting in fields(Settings)]
     for setting in sorted(fields(config_class), key=lambda setting: setting.name in shared):
-        kind, choices = type(setting.default), setting.metadata.get("choices")
-        how = dict(type=kind, choices=choices, metavar="|".join(choices or [kind.__name__]))
-        how = dict(action="store_true") if kind is bool else how
-        text = f"{setting.metadata['help']} [{setting.default}]"
-        parser.add_argument(f"--{setting.name}", default=setting.default, help=text, **how)
+        parser.add_argument(f"--{setting.name}", default=setting.default, **setting.metadata)
     cfg = config_class(**vars(parser.parse_args()))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another's names
+    sys.stdout.reconfigure(errors="replace")
     silent = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-    output = Output(open(os.devnull, "w") if silent else sys.stdout)
     try:
-        with redirect_stdout(output):
-            check_flags(cfg)
+        with redirect_stdout(Output(open(os.devnull, "w") if silent else sys.stdout)):
             main(cfg)
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
     except KeyboardInterrupt:  # outside the steps, where a first Ctrl-C saves
-        print(f"{script}: stopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except UserError as problem:
-        fail(problem)
+        parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped\n")
     except torch.OutOfMemoryError as problem:
         how = "a lower --micro_tokens, --gradient_checkpointing, fewer --slots, --lora_rank"
-        fail(f"{str(problem).splitlines()[0]} What helps, the cheapest first: {how}")
-    except OSError as problem:  # a full disk, say
-        fail(f"{problem}; the last whole checkpoint is as it was, --resume continues")
+        parser.error(f"{str(problem).splitlines()[0]} What helps, the cheapest first: {how}")
+    except (UserError, OSError) as problem:
+        parser.error(problem)

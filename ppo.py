@@ -231,9 +231,9 @@ def print_samples(run, questions, responses, scores, rollout, tokenizer, cfg):
     if cfg.sample_every and run.step % cfg.sample_every == 0:
         for question, response, score in zip(asked, responses, scores):
             text = tokenizer.decode(response, skip_special_tokens=True)[:200]
-            run.print(f"  {question}  ->  {text}  ({score:.2f})")
+            run.bar.write(f"  {question}  ->  {text}  ({score:.2f})")
     if cfg.trace and run.step % cfg.trace == 0:
-        run.print(f"step {run.step}: {asked[0]}\n{trace_table(tokenizer, rollout)}")
+        run.bar.write(f"step {run.step}: {asked[0]}\n{trace_table(tokenizer, rollout)}")
 
 def trace_table(tokenizer, rollout):
     """The first episode, a line a response token; with a value model, the advantage uncentred."""
@@ -472,8 +472,7 @@ def main(cfg):  # Algorithm 1
     after = common.answer_prompts(*evaluation)
     samples, results = common.compare(eval_prompts, before=before, after=after)
     results["kl"] = sum(after["kl"]) / len(after["kl"])  # to the reference, nats a response
-    common.write_jsonl(run.out / "samples.jsonl", samples)
-    run.finish(policy, tokenizer, results)
+    run.finish(policy, tokenizer, results, samples)
     common.print_answers(results, samples)
 
 if __name__ == "__main__":

@@ -426,8 +426,7 @@ def main(cfg):
 
     samples, means = common.compare(eval_prompts, **answers)
     results = means | results  # for eval.json
-    common.write_jsonl(run.out / "samples.jsonl", samples)
-    run.finish(policy if trains else None, tokenizer, results)
+    run.finish(policy if trains else None, tokenizer, results, samples)
     common.print_answers(results, samples)
 
 if __name__ == "__main__":

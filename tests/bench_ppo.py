@@ -74,7 +74,7 @@ def measure(configuration, steps, folder, more):
     common.load_policy, common.load_scorer = load_policy, load_scorer
     common.load_tokenizer = lambda path, lm=None: tokenizer
     common.stop_ids = lambda lm, tokenizer: []  # no answer ends before the limit
-    common.Run.finish = lambda self, module, tokenizer, results: self.metrics.close()
+    common.Run.finish = lambda self, *args: self.metrics.close()
     # What fits 80 GB: OPT keeps the K/V of all its heads, 0.1 GiB a slot of 512 tokens.
     slots = 128 if policy.startswith("opt") else int(episodes)
     if policy in ("1.5b", "7b") and not more["micro_tokens"]:

@@ -125,7 +125,7 @@ def test_more_processes_than_prompts(tmp_path, case):
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, case, capfd):
     assert run_in(2, case("sft", tmp_path / "out", batch_size=3)) == [1, 1]
-    assert "UserError: --batch_size: 3 sequences a step for 2 proc" in capfd.readouterr().err
+    assert "UserError: --batch_size: 3 a step, not for 2 proc" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 @MODES

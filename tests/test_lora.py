@@ -1,6 +1,6 @@
 """LoRA by PEFT: adapters on shared backbones, plain merged models in the folders."""
 
-import importlib.util
+import sys
 from dataclasses import replace
 
 import pytest
@@ -119,7 +119,7 @@ def test_an_adapter_made_by_peft_is_merged_or_refused(tmp_path, data, tiny_folde
 
 def test_peft_is_asked_for_in_one_line(tmp_path, data, tiny_folder, monkeypatch):
     made_by_peft("CAUSAL_LM", tiny_folder, tmp_path / "a")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     for folder, flags in ((tmp_path / "a", {}), (tiny_folder, RANK)):
         with pytest.raises(common.UserError, match=r"(adapter|--lora_rank): .*pip install peft"):
             STAGES["sft"].main(CONFIGS["sft"](data, folder, tmp_path / "out", **flags))

@@ -40,12 +40,11 @@ def a_run(tmp_path, data, tiny_folder):
     prompts = [dict(prompt="plain", kind="good"), dict(prompt=chat("user", "a & b"), kind=HOSTILE)]
     before = dict(texts=["x" * 500, HOSTILE], gold=[1, 0], ended=[True, True], scores=[0.5, -1.0])
     rows, results = common.compare(prompts, before=before, after=before | dict(scores=[0.75, 2.5]))
-    common.write_jsonl(run.out / "samples.jsonl", rows)
-    return run, results | dict(kl=0.3)
+    return run, results | dict(kl=0.3), rows
 
 def test_no_answer_breaks_out_of_the_page(a_run):
-    run, results = a_run
-    run.finish(None, None, results)
+    run, results, rows = a_run
+    run.finish(None, None, results, rows)
     seen = data_of(run.out)
     assert seen["samples"] == rows_of(run.out, "samples") and seen["samples"][1]["after"] == HOSTILE
     assert seen["results"] == results and results[f"gold_after_{HOSTILE}"] == 0
@@ -64,7 +63,7 @@ def test_the_page_grows_with_the_run(tmp_path, data, sft_folder, name, monkeypat
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 def test_a_browser_shows_the_page_on_a_phone(a_run, tmp_path):
-    run, results = a_run
+    run, results, rows = a_run
     def shown():
         (tmp_path / "page.html").write_bytes((run.out / "report.html").read_bytes() + PROBE)
         (tmp_path / "frame.html").write_text(FRAME)
@@ -79,7 +78,7 @@ def test_a_browser_shows_the_page_on_a_phone(a_run, tmp_path):
 
     run.write_report()
     assert re.search("running, step 300 of 300 gold .* 50% score .* 30 .*kl .* -300 ", shown())
-    run.finish(None, None, results)
+    run.finish(None, None, results, rows)
     text = shown()
     assert "score held out: mean of the answers -0.25 before 1.63 after kl" in text
     assert "gold held out: good answers 50% before 50% after" in text and "good 100% 100%" in text
