@@ -52,16 +52,14 @@ class UserError(Exception):
 
 @contextmanager
 def reading(what, error=UserError):
-    """Around what the user brings (a file, a model, a template, a function): turns any exception
-    into an `error` that begins with `what`; for a script, with the line.
-    """
+    """Around what the user brings (a file, a model, a function): a problem becomes one line."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as problem:
         calls = traceback.extract_tb(problem.__traceback__)
-        lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]
+        lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]  # of a script
         kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
         message = f"{kind}{problem}".strip().partition("\n")[0]
         raise error(f"{what}{''.join(lines[-1:])}: {message}") from problem
@@ -1177,17 +1175,16 @@ def print_answers(results, rows):
 # ---------------------------------------------------------------------------------------- the run
 
 def flag(default, help, choices=None, over=-math.inf, least=-math.inf, most=math.inf):
-    """A setting, and the flag of that name. A number is finite, over `over`, ..."""
+    """A setting, and the command line's flag of that name."""
     kind = type(default)
 
-    def parse(text):
+    def number(text):
         value = kind(text)
         if kind is not str and not (over < value < math.inf and least <= value <= most):
-            limits = f"over {over}, from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {limits}")
+            raise argparse.ArgumentTypeError(f"{text} is not over {over}, from {least} to {most}")
         return value
 
-    how = dict(type=parse, choices=choices, metavar="|".join(choices or [kind.__name__]))
+    how = dict(type=number, choices=choices)
     if kind is bool:
         how = dict(action="store_true")
     return field(default=default, metadata=dict(help=f"{help} [{default}]", **how))
@@ -1211,15 +1208,15 @@ class Settings:
     lora_alpha: float = flag(32.0, "the adapters are scaled by alpha / rank", over=0)
 
 # What may change in a resumed run, and which settings name files or folders that a run reads.
-FREE = ("out", "resume", "overwrite", "save_every", "device", "inputs")
+FREE = ("out", "resume", "overwrite", "save_every", "device")
 INPUTS = "model policy ref reward reward_fn gold_fn data eval_data pairs ptx_data".split()
 
 # What a run writes into its folder. --overwrite removes these, and nothing else.
 OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sft.jsonl dpo.jsonl
     samples.jsonl report.html config.json generation_config.json model.safetensors
     model-*-of-*.safetensors model.safetensors.index.json chat_template.jinja tokenizer.json
-    tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json
-    vocab.txt merges.txt spiece.model""".split()
+    tokenizer_config.json tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt
+    spiece.model""".split()
 
 # A checkpoint holds whole tensors, of what is trained.
 SAVING = states.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -1228,7 +1225,7 @@ LOADING = states.StateDictOptions(full_state_dict=True, strict=False)
 class Run:
     """A stage's folder: settings, metrics, a checkpoint; at the end the model and eval.json.
 
-    run.begin(policy=(policy, optimizer), ...)   what a checkpoint holds; a resumed run gets it back
+    run.begin(policy=(policy, optimizer), ...)   what a checkpoint holds
     for step in run.steps(total):                progress, checkpoints, Ctrl-C
         run.log(("loss",), loss=...)             one line of metrics.jsonl a step
     run.finish(model, tokenizer, results)
@@ -1242,64 +1239,59 @@ class Run:
         sequences = cfg.batch_size // getattr(cfg, "minibatches", 1)
         if sequences % world_size():
             raise UserError(f"--batch_size: {sequences} a step, not for {world_size()} processes")
-        self.inputs = {}  # when each file and folder was changed
+        self.inputs = set()
         for name in INPUTS:
             value = getattr(cfg, name, "")
             path = Path(value.rpartition(":")[0] or value)  # of file.py:function, file.py
             if value and path.exists():
-                files = [path, *path.glob("*")]
-                self.inputs[str(path)] = max(file.stat().st_mtime_ns for file in files)
-        self.settings = asdict(cfg) | dict(inputs=self.inputs)
+                self.inputs.add(path)
         self.check_folder()
 
     def check_folder(self):
-        """The settings of the run to continue, {} to begin anew; UserError if no flag says so."""
+        """Whether there is a run to continue, or one to begin; UserError if no flag says so."""
+        names = {path.name for path in self.out.glob("*")}
+        if names <= {"metrics.jsonl", "run.json.tmp"}:  # what a kill may leave of a beginning
+            return False
         with reading(f"--out {self.out} is not empty, and its run.json is not a run's"):
-            names = [path.name for path in self.out.iterdir()] if self.out.exists() else []
-            # A kill may leave these before there is a run.json.
-            if all(name == "metrics.jsonl" or name.endswith(".tmp") for name in names):
-                return {}
-            before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-            if "inputs" not in before:
+            before = json.loads((self.out / "run.json").read_text())
+            if not before.keys() >= set(FREE):
                 raise ValueError("it is another program's")
         finished = (self.out / "eval.json").exists()
         if self.cfg.resume and not finished:
-            for key, value in self.settings.items():
+            for key, value in asdict(self.cfg).items():
                 if key not in FREE and before.get(key) != value:
                     raise UserError(f"--resume {self.out}: --{key} was {before.get(key)!r}")
-            return before
+            return True
         if not self.cfg.overwrite:
             what = "a finished run" if finished else "a run that --resume continues"
-            how = "--overwrite replaces it, another --out keeps it"
-            raise UserError(f"--out {self.out} holds {what}; {how}")
-        for path in map(Path, self.inputs):
+            raise UserError(f"--out {self.out} holds {what}: --overwrite it, or use another --out")
+        for path in self.inputs:
             if path.resolve().is_relative_to(self.out.resolve()):
                 raise UserError(f"--overwrite {self.out}: it holds what this run reads, {path}")
-        return {}
+        return False
 
     def begin(self, coefs=None, **trained):
-        """Write the settings, and put where a resumed run left off, in place, what a checkpoint
-        holds: the numbers `coefs`, and pairs of a model and its optimiser. Nothing is written
-        before this call: all input must have been read by then.
+        """Write the settings, or load, in place, what a checkpoint holds. Nothing is written before
+        this call, so all input must have been read by then.
         """
         self.coefs, self.trained = coefs or {}, trained
         gather([])  # each process has looked at the folder
         if rank() == 0:
-            with reading(f"--out {self.out}"):
-                self.out.mkdir(parents=True, exist_ok=True)
-                self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.metrics = open(self.out / "metrics.jsonl", "a")
             with reading(f"--out {self.out}: another run is writing there"):
                 fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            before = self.check_folder()  # another run may have begun since
-            if not before:
+            if self.check_folder():  # once more: another run may have begun since
+                began = (self.out / "run.json").stat().st_ctime
+                for path in self.inputs:
+                    if max(file.stat().st_ctime for file in [path, *path.glob("*")]) > began:
+                        print(f"--resume {self.out}: {path} has changed since the run began")
+            else:
                 # A kill in between leaves the old run or the new one, none that seems finished.
                 for name in OWN_FILES:
                     for path in self.out.glob(name):
                         path.unlink()
-                write_file(self.out / "run.json", json.dumps(self.settings, indent=2))
-            for path, changed in before.get("inputs", {}).items():
-                if self.inputs.get(path) != changed:
-                    print(f"--resume {self.out}: {path} is not what this run began with")
+                write_file(self.out / "run.json", json.dumps(asdict(self.cfg), indent=2))
         gather([])
         state = dict(step=0, rows=[])
         path = self.out / "checkpoint.pt"
@@ -1322,10 +1314,7 @@ class Run:
     def checkpoint(self, step):
         state = dict(step=step, rows=self.rows, coefs=self.coefs)
         for name, (model, optimizer) in self.trained.items():
-            weights = states.get_model_state_dict(model, options=SAVING)
-            # A tied head is a second name of the frozen embeddings: it is left out.
-            trained = {n for n, p in model.named_parameters() if p.requires_grad}
-            state[name] = [{n: w for n, w in weights.items() if n in trained}]
+            state[name] = [states.get_model_state_dict(model, options=SAVING)]
             if optimizer.state:  # get_ would make an empty one, and the run another
                 moments = states.get_optimizer_state_dict(model, optimizer, options=SAVING)
                 state[name].append(moments)
@@ -1333,31 +1322,29 @@ class Run:
 
     def steps(self, total):
         """Yield the step numbers from 1, or from where a resumed run stopped, to `total`."""
-        steps, name = range(self.start + 1, total + 1), self.out.name
-        self.bar = tqdm(steps, name, total, initial=self.start, disable=rank() > 0)
+        steps = range(self.start + 1, total + 1)
+        self.bar = tqdm(steps, self.out.name, total, initial=self.start, disable=rank() > 0)
         before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in self.bar:
                 self.step, self.began = step, time.perf_counter()
                 seed_global(self.cfg.seed, step)
                 yield step
-                self.stop_signal = max(gather([self.stop_signal]))  # all stop after the same step
+                stop = max(gather([self.stop_signal]))  # all stop after the same step
                 every = self.cfg.save_every
-                if self.stop_signal or (every and step % every == 0):
+                if stop or (every and step % every == 0):
                     self.checkpoint(step)
-                if self.stop_signal:
+                if stop:
                     self.bar.write(f"stopped after step {step}; --resume continues")
                     gather([])  # torchrun ends the others as soon as one has ended
-                    raise SystemExit(128 + self.stop_signal)
+                    raise SystemExit(128 + stop)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def on_signal(self, number, frame):
-        """The first Ctrl-C or SIGTERM lets the step end and saves; a second one stops at once, but
-        not several processes: torchrun passes on what they were sent, too.
-        """
-        if self.stop_signal and world_size() == 1:
+        """The first Ctrl-C or SIGTERM lets the step end and saves; a second one stops at once."""
+        if self.stop_signal and world_size() == 1:  # torchrun passes signals on: they come twice
             raise KeyboardInterrupt
         self.stop_signal = number
         self.bar.set_description("stopping after this step (again: at once)")
@@ -1367,7 +1354,6 @@ class Run:
         if rank():
             return
         row = dict(step=self.step, **metrics, seconds=time.perf_counter() - self.began)
-        row = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
         self.rows.append(row)
         print(json.dumps(row), file=self.metrics, flush=True)
         self.bar.set_postfix({name: row[name] for name in show}, refresh=False)
@@ -1377,7 +1363,7 @@ class Run:
 
     def write_report(self, results=None, samples=()):
         """report.html: the template in data/ with what is known so far put in."""
-        known = dict(title=str(self.out), settings=self.settings, metrics=self.rows)
+        known = dict(settings=asdict(self.cfg), metrics=self.rows)
         known |= dict(results=results, samples=samples)
         data = json.dumps(known).replace("<", "\\u003c")  # no answer may end the script
         template = (EMBEDDED / "report.html").read_text(encoding="utf-8")
@@ -1401,16 +1387,15 @@ class Run:
 
 def write_file(path, content):
     """Text, or else by torch.save. Whoever looks sees the old file or the new one, whole."""
-    if rank() > 0:
-        return
-    with reading(path), open(f"{path}.tmp", "wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    if rank() == 0:
+        with reading(path), open(f"{path}.tmp", "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
 
 def write_jsonl(path, rows):
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -1434,7 +1419,7 @@ def choose_device(name):
     """`auto` is CUDA where there is one, one for each process. UserError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if "WORLD_SIZE" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     if name == "cuda" and dist.is_initialized():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1459,14 +1444,10 @@ class Output(io.TextIOBase):
 
 def command_line(config_class, main, doc):
     """Parse the flags and run `main`; a UserError becomes one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # or an error would be two lines
-        description=doc,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 36, 110),
-    )
-    shared = [setting.name for setting in fields(Settings)]
-    for setting in sorted(fields(config_class), key=lambda setting: setting.name in shared):
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=style)
+    parser.usage = argparse.SUPPRESS  # or a wrong flag would be two lines
+    for setting in fields(config_class):
         parser.add_argument(f"--{setting.name}", default=setting.default, **setting.metadata)
     cfg = config_class(**vars(parser.parse_args()))
     transformers.logging.set_verbosity_error()
@@ -1482,8 +1463,5 @@ def command_line(config_class, main, doc):
             dist.destroy_process_group()
     except KeyboardInterrupt:  # outside the steps, where a first Ctrl-C saves
         parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped\n")
-    except torch.OutOfMemoryError as problem:
-        how = "a lower --micro_tokens, --gradient_checkpointing, fewer --slots, --lora_rank"
-        parser.error(f"{str(problem).splitlines()[0]} What helps, the cheapest first: {how}")
-    except (UserError, OSError) as problem:
+    except (UserError, OSError, torch.OutOfMemoryError) as problem:
         parser.error(problem)
