@@ -29,6 +29,7 @@ import traceback
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -1181,10 +1182,10 @@ def flag(default, help, choices=None, over=-math.inf, least=-math.inf, most=math
     def number(text):
         value = kind(text)
         if kind is not str and not (over < value < math.inf and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text} is not over {over}, from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text}: expected a number over {over}, from {least} to {most}")
         return value
 
-    how = dict(type=number, choices=choices)
+    how = dict(type=number, choices=choices, metavar="|".join(choices or [kind.__name__]))
     if kind is bool:
         how = dict(action="store_true")
     return field(default=default, metadata=dict(help=f"{help} [{default}]", **how))
@@ -1236,6 +1237,8 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out)
         self.stop_signal = 0
         self.report_due = 0.0
+        if cfg.resume and cfg.overwrite:
+            raise UserError("--resume continues the run, --overwrite replaces it: give one of them")
         sequences = cfg.batch_size // getattr(cfg, "minibatches", 1)
         if sequences % world_size():
             raise UserError(f"--batch_size: {sequences} a step, not for {world_size()} processes")
@@ -1314,7 +1317,10 @@ class Run:
     def checkpoint(self, step):
         state = dict(step=step, rows=self.rows, coefs=self.coefs)
         for name, (model, optimizer) in self.trained.items():
-            state[name] = [states.get_model_state_dict(model, options=SAVING)]
+            weights = states.get_model_state_dict(model, options=SAVING)
+            # A tied head is a second name of the frozen embeddings: it is left out.
+            trained = [name for name, p in model.named_parameters() if p.requires_grad]
+            state[name] = [{name: weights[name] for name in trained if name in weights}]
             if optimizer.state:  # get_ would make an empty one, and the run another
                 moments = states.get_optimizer_state_dict(model, optimizer, options=SAVING)
                 state[name].append(moments)
@@ -1444,10 +1450,11 @@ class Output(io.TextIOBase):
 
 def command_line(config_class, main, doc):
     """Parse the flags and run `main`; a UserError becomes one line on stderr and exit code 2."""
-    style = argparse.RawDescriptionHelpFormatter
+    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=style)
     parser.usage = argparse.SUPPRESS  # or a wrong flag would be two lines
-    for setting in fields(config_class):
+    shared = [setting.name for setting in fields(Settings)]  # they come last
+    for setting in sorted(fields(config_class), key=lambda setting: setting.name in shared):
         parser.add_argument(f"--{setting.name}", default=setting.default, **setting.metadata)
     cfg = config_class(**vars(parser.parse_args()))
     transformers.logging.set_verbosity_error()
@@ -1463,5 +1470,7 @@ def command_line(config_class, main, doc):
             dist.destroy_process_group()
     except KeyboardInterrupt:  # outside the steps, where a first Ctrl-C saves
         parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped\n")
-    except (UserError, OSError, torch.OutOfMemoryError) as problem:
+    except torch.OutOfMemoryError as problem:
+        parser.error(f"{problem} README says what helps: Out of memory?")
+    except (UserError, OSError) as problem:  # a full disk, say
         parser.error(problem)

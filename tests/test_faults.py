@@ -52,6 +52,7 @@ BAD = [
     ("sft", "--model= --lora_rank 4", "--lora_rank"),
     ("sft", "--data missing.jsonl", "missing.jsonl: FileNotFoundError"),
     ("sft", "--data prompts.jsonl", "prompts.jsonl:1"),
+    ("sft", "--resume --overwrite", "give one of them"),
     ("ppo", "--gold_fn rule.py", "expected file.py:function"),
     ("sft", "--out rule.py", "File exists: 'rule.py'"),
     ("sft", "--out . --overwrite", "is not empty, and its run.json"),
