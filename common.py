@@ -850,7 +850,7 @@ def read_row(line):
     return row
 
 def plain(value):
-    """Text, or messages whose content is text, where it may be null or a list of parts."""
+    """Text, messages or a list of both; content that is null or a list of parts becomes text."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -858,7 +858,8 @@ def plain(value):
     content = value.get("content") if "tool_calls" in value else value["content"]
     if isinstance(content, list):
         content = [part["text"] for part in content]
-    return value | dict(role=value["role"], content="".join(content or ""))
+    content = "".join(content or "")
+    return value | dict(role=value["role"], content=content)
 
 def is_embedded(path):
     names = "sft pairs scores rankings prompts eval_sft eval_pairs eval_prompts probe_prompts"
@@ -920,18 +921,20 @@ ANY = dict(role="assistant", content="\ufdd0")  # stands for any answer; no text
 
 def render(tokenizer, prompt, row, turn=None):
     """Messages as text, by the template: with the answer `turn`, or up to where one begins."""
-    answer = [turn or ANY]
+    answer = turn or ANY
     # An assistant message that ends a prompt is to be continued; in `messages` each one is whole.
     if prompt and prompt[-1]["role"] == "assistant" and "messages" not in row:
         *prompt, begun = prompt
         if begun.get("tool_calls"):
             raise ValueError("the prompt ends with a tool call, which cannot be continued")
-        answer = [begun | answer[0] | dict(content=begun["content"] + answer[0]["content"])]
+        text = begun["content"] + answer["content"]
+        answer = begun | answer | dict(content=text)
     elif prompt and turn is None:
-        answer = []
+        answer = None
+    messages = [*prompt, answer] if answer else prompt
     how = dict(tools=row.get("tools") or None, add_generation_prompt=not answer)
     with reading("the chat template", error=Unlearnable):  # it may not know a role, say
-        text = tokenizer.apply_chat_template(prompt + answer, tokenize=False, **how)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
     return text.partition(ANY["content"])[0]
 
 def encode_prompt(tokenizer, prompt, row={}):
@@ -948,19 +951,23 @@ def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     tokenised apart, as generation sees them. A response goes up to the token at which generation
     ends: EOS, which is added, or before it one of the ids `ends`.
     """
-    turn = response if isinstance(response, list) else [dict(role="assistant", content=response)]
-    if [message["role"] for message in turn] != ["assistant"]:
-        raise Unlearnable("a response in messages must be one, of the assistant")
+    turn = dict(role="assistant", content=response)
+    if isinstance(response, list):
+        if [message["role"] for message in response] != ["assistant"]:
+            raise Unlearnable("a response in messages must be one, of the assistant")
+        turn = response[0]
     if isinstance(prompt, list):
-        before, whole = render(tokenizer, prompt, row), render(tokenizer, prompt, row, turn[0])
+        before = render(tokenizer, prompt, row)
+        whole = render(tokenizer, prompt, row, turn)
         if not whole.startswith(before):  # the template rewrites it: what all answers share
-            before = os.path.commonprefix([whole, render(tokenizer, prompt, row, ANY)])
+            other = render(tokenizer, prompt, row, ANY)
+            before = os.path.commonprefix([whole, other])
         prompt_ids = tokenizer.encode(before, add_special_tokens=False)
         text = whole[len(before) :]
-    elif turn[0].get("tool_calls"):
+    elif turn.get("tool_calls"):
         raise ValueError("a tool call needs a prompt in messages")
     else:
-        prompt_ids, text = encode_prompt(tokenizer, prompt), turn[0]["content"]
+        prompt_ids, text = encode_prompt(tokenizer, prompt), turn["content"]
     ids = tokenizer.encode(text, add_special_tokens=False)
     eos = tokenizer.eos_token_id
     if eos is not None:  # a reward model's tokenizer may have none
@@ -985,9 +992,10 @@ def load_demonstrations(rows, tokenizer, ends, max_tokens):
     def split(row):
         prompt, responses = prompt_and_responses(row)
         pairs = [(prompt, response) for response in responses[:1] if "responses" not in row]
-        for i, message in enumerate([] if pairs else row.get("messages", [])):
+        said = [] if pairs else row.get("messages", [])
+        for i, message in enumerate(said):
             if message["role"] == "assistant":
-                pairs.append((row["messages"][:i], [message]))
+                pairs.append((said[:i], [message]))
         if not pairs:
             raise ValueError("no completion and no assistant message to learn from")
         return [row | dict(prompt=prompt, completion=answer) for prompt, answer in pairs]
@@ -1019,13 +1027,14 @@ def stop_ids(lm, tokenizer):
         with suppress(OSError):  # the causal LM's, of whose folder a new reward model is made
             config = transformers.GenerationConfig.from_pretrained(lm.name_or_path)
     ids = config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    ids = ids if isinstance(ids, list) else [ids]
+    ids = {tokenizer.eos_token_id, *ids} - {None}
     with suppress(Unlearnable):  # only messages need the template, and they will say so
         question, answer = [dict(role=role, content="a") for role in ("user", "assistant")]
         text = render(tokenizer, [question], {}, answer).strip()
-        last = tokenizer.encode(text, add_special_tokens=False)[-1]
+        last = tokenizer.encode(text, add_special_tokens=False)[-1:]
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids |= special & {last}
+        ids |= special.intersection(last)
     return sorted(ids)
 
 # ----------------------------------------------------------------------------- scores and answers
@@ -1111,7 +1120,9 @@ def text_score(reward, own, policy, tokenizer, cfg):
                     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
                     logits = lm(**own(question, text, **how).to(lm.device)).logits
                     scores.append(logits.flatten()[0].float().cpu() - reward.mean)
-        return torch.stack(scores) if scores else evaluate(reward.last, examples, cfg, lm.device)
+        if scores:
+            return torch.stack(scores)
+        return evaluate(reward.last, examples, cfg, lm.device)
 
     return score
 
@@ -1136,12 +1147,13 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
         logprobs, ref_logprobs = both_logprobs(policy, ref, batch, cfg.temperature)
         return (logprobs - ref_logprobs).sum(1)
 
+    examples = list(map(join, ids, responses))
     return dict(
         texts=[tokenizer.decode(r, skip_special_tokens=True) for r in responses],
         scores=score(prompts, responses).tolist() if score else [],
         gold=gold(prompts, responses).tolist() if gold else [],
         ended=[r[-1] in sampler.eos_ids for r in responses],
-        kl=evaluate(kl_of, list(map(join, ids, responses)), cfg, policy.lm.device).tolist(),
+        kl=evaluate(kl_of, examples, cfg, policy.lm.device).tolist(),
     )
 
 def compare(prompts, **answers):
@@ -1161,7 +1173,8 @@ def compare(prompts, **answers):
                 for group in dict.fromkeys((None, prompt.get("kind"), prompt.get("task"))):
                     key = f"gold_{name}" if group is None else f"gold_{name}_{group}"
                     seen.setdefault(key, []).append(answer["gold"][i] >= 0.5)
-    return rows, dict(n=len(prompts)) | {key: sum(x) / len(x) for key, x in seen.items()}
+    means = {key: sum(numbers) / len(numbers) for key, numbers in seen.items()}
+    return rows, dict(n=len(prompts)) | means
 
 def print_answers(results, rows):
     """The numbers of eval.json, then some of the answers side by side."""
