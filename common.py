@@ -1055,12 +1055,11 @@ def function_score(spec, tokenizer):
         mine = slice(rank(), None, world_size())
         texts = [tokenizer.decode(r, skip_special_tokens=True) for r in responses[mine]]
         questions = copy.deepcopy([row["prompt"] for row in prompts[mine]])  # it may change its own
-        n, scores = len(texts), []
-        if n:
-            with reading(path):
-                scores = [float(number) for number in function(questions, texts)]
-            if len(scores) != n or not all(map(math.isfinite, scores)):
-                raise UserError(f"{spec}: expected {n} finite scores, got {scores[:8]}")
+        n = len(texts)
+        with reading(path):
+            scores = [float(number) for number in function(questions, texts)] if n else []
+        if len(scores) != n or not all(map(math.isfinite, scores)):
+            raise UserError(f"{spec}: expected {n} finite scores, got {scores[:8]}")
         return torch.tensor(gather(scores))
 
     return score

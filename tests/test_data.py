@@ -98,22 +98,19 @@ def test_prompt_and_responses_of_every_form(row, expected):
 @pytest.mark.parametrize("row, says", [
     (dict(other="a"), "prompt"), (dict(prompt="a"), "no completion and no assistant message"),
     (dict(prompt=3), '"prompt"'), (dict(prompt=[dict(content="a")]), '"prompt"'),
-    (dict(prompt="a", responses=["b", 3]), "responses"),
     (dict(messages="text"), ""), (dict(messages=user("a") + [None]), "messages"),
     *[(dict(messages=user(["a"]) + [turn]), "messages") for turn in assistant("b") + assistant(5)],
-    (dict(messages=[dict(role="user", text="a")]), "messages"),
     (dict(messages=user("a") + assistant([dict(type="image")])), "messages"),
     (dict(prompt=user("a") + assistant(5), completion="b"), '"prompt"'),
     (dict(chosen="yes", rejected="no"), "prompt"), (dict(chosen="a"), "rejected"),
+    (dict(messages=[dict(role="user", text="a")]), "messages"), (dict(responses=["b", 3]), "resp"),
     (dict(chosen=f"{HUMAN} b", rejected=HUMAN.replace("Hi", "Ho") + " b"), "prompt"),
     (dict(chosen=DIALOGUE[:2], rejected=DIALOGUE[2:]), "different prompts"),
-    (dict(chosen=DIALOGUE[:2], rejected="text"), "prompt"),
-    (dict(conversations=[{"from": "human", "value": "a"}]), '"conversations" .*"messages", of role'),
+    (dict(conversations=[{"from": "human", "value": "a"}]), '"conv.*"messages", of role'),
 ])  # fmt: skip
 def test_a_line_of_no_form_is_named_in_one_line(row, says):
-    with pytest.raises(UserError, match=f"^(1 of 1 .*)?f:7: [^\n]*{says}[^\n]*$"):
-        with common.reading("f:7"):
-            common.load_demonstrations([read_row(row)], chat_tokenizer(), (), 99)
+    with pytest.raises(UserError, match=f"f:7: [^\n]*{says}[^\n]*$"), common.reading("f:7"):
+        common.load_demonstrations([read_row(row)], chat_tokenizer(), (), 99)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -135,10 +132,7 @@ def chat_tokenizer(template=CHATML):
     return tokenizer
 
 def ends_of(tokenizer, known=2):
-    """With what else a model's generation config knows."""
-    lm = make_llama(8)
-    lm.generation_config.eos_token_id = known
-    return common.stop_ids(lm, tokenizer)
+    return common.stop_ids(make_llama(8, eos_token_id=known), tokenizer)
 
 def parts(tokenizer, example):
     """The text of the prompt and that of the response, which has to be one run to the end."""
@@ -172,10 +166,9 @@ def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_rend
     turns += assistant("e")  # not continued: each of the messages is whole
     rows = [dict(messages=turns, where="f:1"), dict(messages=DIALOGUE[:2], where="f:2")]
     found = common.load_demonstrations(rows, tokenizer, ends_of(tokenizer), 99)
-    found = [parts(tokenizer, example) for example in found]
     begin = "<|im_start|>assistant\n"
     hello, ask = f"{begin}Hello<|im_end|>\n", ("<|im_start|>user\n{}<|im_end|>\n" + begin).format
-    assert found == [
+    assert [parts(tokenizer, example) for example in found] == [
         (begin, "Hello<|im_end|>"),
         (hello + ask("a"), "hm|b<|im_end|>"),
         (hello + ask("a") + "b<|im_end|>\n" + ask("c"), "so|d<|im_end|>"),
@@ -184,10 +177,9 @@ def test_each_assistant_turn_is_an_example_with_the_history_as_the_template_rend
     ]
 
 @pytest.mark.parametrize("template, begun, asked, before, after", [
-    (CHATML, "", "", "", "sea<|im_end|>"),
     (ENDLESS, "", "", "", "sea\n<eos>"),  # no token ends the turn
     # A prompt that ends with the assistant's own message is continued.
-    (CHATML, "The ", "The ", "The ", "sea<|im_end|>"),
+    (CHATML, "", "", "", "sea<|im_end|>"), (CHATML, "The ", "The ", "The ", "sea<|im_end|>"),
     (TRIMMING, "The ", "The ", "The ", "sea<|im_end|>"),
     (THINKING, "hm|The ", "hm|The ", "hm|The ", "sea<|im_end|>"),
     (FORGETTING, "hm|The ", "The ", "The ", "sea<|im_end|>"),  # rewritten
@@ -202,10 +194,9 @@ def test_messages_are_the_templates_rendering_in_two_parts(template, begun, aske
         assert parts(tokenizer, example) == (begin + before, after)
 
 @pytest.mark.parametrize("template, prompt, response, says", [
-    (None, user("a"), "b", "chat_template is not set"),
+    (None, user("a"), "b", "chat_template is not set"), (BARE, user(""), "", "no token to learn"),
     ("{{ raise_exception('no way') }}", user("a"), "b", "chat template: .*no way"),
     (CHATML, user("a"), DIALOGUE[1:], "be one, of"), (CHATML, user("a"), [], "be one, of the ass"),
-    (BARE, user(""), "", "no token to learn"),
     (CHATML, "a", [dict(role="assistant", tool_calls=[{}])], "tool call needs a prompt in mess"),
     (CHATML, user("a") + [dict(role="assistant", content="b", tool_calls=[{}])], "", "a tool call"),
     (CHATML, "a", "\ud800", ""), (CHATML, user("\ud800"), "b", ""),
@@ -267,9 +258,7 @@ def test_every_template_learns_an_answer_and_its_end_after_what_it_renders_befor
         end = re.match(r"(<[^<>\s]+>)*", rest)[0] or "<eos>"
         before = asked if whole.startswith(asked) else history
         assert parts(tokenizer, example) == (before, (history + answer)[len(before) :] + end)
-    for dialogue in dialogues[1:]:
-        assert common.load_demonstrations([dialogue], tokenizer, ends, 9999) == found
-        assert common.encode(tokenizer, turns[:1], "", ends=ends) != found[0]
+    assert common.load_demonstrations(dialogues[1:], tokenizer, ends, 9999) == found
 
 def calls(name):
     return [dict(type="function", function=dict(name=name, arguments=dict(a=1, b=2)))]
@@ -281,7 +270,7 @@ def test_pairs_of_tool_calls_under_qwen3s_template(content):
     answers = [[dict(role="assistant", content=content, tool_calls=calls(x))] for x in names]
     pair = dict(prompt=user("1+2?"), chosen=answers[0], rejected=answers[1], tools=TOOLS)
     pair, ends = read_row(pair), ends_of(tokenizer)
-    judged = reward.read_judgement(tokenizer, ends, 9999, pair).examples
+    judged = reward.read_judgement(tokenizer, ends, 999, pair).examples
     assert rejection_sample.load_pairs([pair], tokenizer, ends, 9999) == [judged]
     assert common.load_demonstrations([pair], tokenizer, ends, 9999) == judged[:1]
     for name, example in zip(names, judged):

@@ -62,7 +62,7 @@ BAD = [
     ("ppo", "--batch_size 4 --minibatches 3", "--minibatches"),
     ("ppo", "--device cuda:99", "--device"),
     ("ppo", "--reward_fn nowhere.py:score", "nowhere.py: FileNotFoundError"),
-    ("ppo", "--reward_fn rule.py:nothing", "no function nothing"),
+    ("ppo", "--reward_fn rule.py:nothing", "rule.py: KeyError: 'nothing'"),
     ("ppo", "--reward_fn rules.py:raises", "rules.py:2: ZeroDivisionError"),
     ("ppo", "--reward_fn rules.py:not_finite", "expected 3 finite scores"),
     ("ppo", "--reward_fn rules.py:leaves", "rules.py:4: SystemExit: bye"),
