@@ -1194,7 +1194,8 @@ def flag(default, help, choices=None, over=-math.inf, least=-math.inf, most=math
     def number(text):
         value = kind(text)
         if kind is not str and not (over < value < math.inf and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text}: expected a number over {over}, from {least} to {most}")
+            limits = f"a number over {over}, from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {limits}")
         return value
 
     how = dict(type=number, choices=choices, metavar="|".join(choices or [kind.__name__]))

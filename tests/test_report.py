@@ -86,16 +86,15 @@ def test_a_browser_shows_the_page_on_a_phone(a_run, tmp_path):
     assert 0 < text.index(changed_most) < text.index("plain before 0.5 xxx")
 
 @pytest.mark.parametrize("name", STAGES)
-def test_help_has_the_flags_in_order_and_each_default_once(name, monkeypatch, capsys):
+def test_help_has_the_stages_own_flags_first_and_each_default_once(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-    monkeypatch.setenv("COLUMNS", "200")  # no path is broken
     stage = STAGES[name]
     with pytest.raises(SystemExit) as end:
         common.command_line(stage.Config, stage.main, stage.__doc__)
     text = capsys.readouterr().out
     assert end.value.code == 0 and stage.__doc__.strip() in text
-    settings = vars(stage.Config())
+    settings, shared = vars(stage.Config()), list(vars(common.Settings()))
     blocks = [block.split() for block in re.split("^  --", text, flags=re.M)[1:]]
-    assert [block[0] for block in blocks] == list(settings)
+    assert [block[0] for block in blocks] == [s for s in settings if s not in shared] + shared
     for flag, *words in blocks:
         assert len(words) > 2 and words[-1] == f"[{settings[flag]}]" and str(words).count("'[") == 1
