@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import re
 import runpy
 import signal
 import sys
@@ -39,6 +38,7 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -110,8 +110,7 @@ def join(prompt, response):
 
 def pad_right(rows):
     """Lists of different lengths -> (B, longest) tensor with zeros on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 def collate(examples, device="cpu"):
     """Examples as one batch, padded on the right: every key (B, T), and `at`.
@@ -127,9 +126,8 @@ def collate(examples, device="cpu"):
 
 def take(batch, rows, device):
     """The sequences `rows` of a batch that lies on the host, cut to the longest of them."""
-    some = {key: x[rows] for key, x in batch.items() if key != "at"}
-    T = int(some["mask"].any(0).nonzero().max()) + 1  # a response ends its sequence
-    some = {key: x[:, :T] for key, x in some.items()}
+    T = int(batch["mask"][rows].any(0).nonzero().max()) + 1  # a response ends its sequence
+    some = {key: x[rows, :T] for key, x in batch.items() if key != "at"}
     # Found on the host, so that nothing has to wait for the device to learn how many they are.
     some["at"] = some["mask"].flatten().nonzero().squeeze(1)
     return {key: x.to(device, non_blocking=True) for key, x in some.items()}
@@ -138,19 +136,17 @@ def micro_batches(rows, lengths, max_tokens):
     """Cut `rows` into lists of rows of similar length, each at most `max_tokens` when padded.
 
     micro_batches([0, 1, 2], [3, 9, 4], 8) -> [[0, 2], [1]]: one long sequence may exceed the limit.
-    Of P processes each gets its own row of every P neighbours, so that all have equally many lists:
-    the forward of a sharded model needs every process. There must be a multiple of P rows.
+    Of P processes each gets one of every P neighbours, so that all have equally many lists, as the
+    forward of a sharded model needs every process. There must be a multiple of P rows.
     """
     rows = sorted(rows, key=lambda row: lengths[row])
-    parts = []
-    part = []
+    parts = [[]]
     for start in range(0, len(rows), world_size()):
         neighbours = rows[start : start + world_size()]
-        if part and (len(part) + 1) * lengths[neighbours[-1]] > max_tokens:
-            parts.append(part)
-            part = []
-        part.append(neighbours[rank()])
-    return [*parts, part]
+        if parts[-1] and (len(parts[-1]) + 1) * lengths[neighbours[-1]] > max_tokens:
+            parts.append([])
+        parts[-1].append(neighbours[rank()])
+    return parts
 
 @torch.no_grad()
 def evaluate(function, examples, cfg, device):
@@ -189,21 +185,20 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.lm = lm
         self.peft = None  # with LoRA the PeftModel around lm
-        self.head_logprobs = head_logprobs  # or the same, compiled
+        self.head_logprobs, self.draw = head_logprobs, draw  # or the same, compiled
         self.usual = True
         self.usual = same_logits(lm, self.sample_one, max_length) == "slots"
         if not self.usual:
             print(f"{type(lm).__name__}: unusual logits or attention, it will run more slowly")
 
     def sample_one(self, ids):
-        """The logits (V,) after `ids` (1, T), by the Sampler: all but the last token as a prompt,
-        then a step. A second prompt of another length makes the batch ragged.
-        """
-        sampler = Sampler(self, [], max_new_tokens=2, max_length=ids.shape[1], slots=2)
-        prompts = [ids[0, :-1].tolist(), ids[0, :4].tolist()]
-        sampler.prefill([0, 1], prompts, torch.Generator(ids.device))
-        sampler.ids[0, -2] = ids[0, -1]
-        logits = sampler.logits(ids.shape[1])[0]
+        """The logits (V,) after `ids` (1, T), of which a Sampler reads the last in a step."""
+        ids = ids[0].tolist()
+        sampler = Sampler(self, [], max_new_tokens=2, max_length=len(ids), slots=2)
+        ragged = [ids[:-1], ids[:4]]
+        sampler.prefill([0, 1], ragged, torch.Generator(sampler.device))
+        sampler.ids[0, -2] = ids[-1]
+        logits = sampler.logits(len(ids))[0]
         sampler.close()
         return logits
 
@@ -219,19 +214,19 @@ class Policy(torch.nn.Module):
     def forward(self, batch, temperature=1.0):
         """(B, T) float32 each, 0 where the mask is; no entropy where gradients are recorded."""
         ids, at = batch["ids"], batch["at"]
+        parts = []
         with autocast(ids.device):
             # What predicts token t stands one position to the left of it.
             hidden = self.hidden(ids).flatten(0, 1)[at - 1]  # (N, d)
             tokens = ids.flatten()[at]  # (N,)
-            parts = []
             for chunk in zip(hidden.split(1024), tokens.split(1024)):
                 inputs = (self.head, *chunk, temperature)
                 if torch.is_grad_enabled() and len(tokens) > 1024:  # one chunk has nothing to save
                     parts.append(checkpoint(self.head_logprobs, *inputs, use_reentrant=False))
                 else:
                     parts.append(self.head_logprobs(*inputs))
-        zeros, T = torch.zeros(ids.shape, device=ids.device), ids.shape[1]
-        return [zeros.index_put((at // T, at % T), torch.cat(part)) for part in zip(*parts)]
+        zeros = torch.zeros(ids.numel(), device=ids.device)
+        return [zeros.index_put((at,), torch.cat(part)).view_as(ids) for part in zip(*parts)]
 
 def head_logprobs(head, hidden, tokens, temperature):
     """Hidden states (N, d) and the tokens after them (N,) -> log-probs and entropies, (N,) each."""
@@ -265,85 +260,76 @@ class Scorer(torch.nn.Module):
 
     def last(self, batch):
         """The score of each sequence, (B,): read at the last token of its response."""
-        T = batch["ids"].shape[1]
-        positions = batch["mask"] * torch.arange(T, device=batch["ids"].device)
-        return self(batch).gather(1, positions.argmax(1, keepdim=True)).squeeze(1)
+        last = batch["mask"].cumsum(1).argmax(1, keepdim=True)  # the first where the sum is whole
+        return self(batch).gather(1, last).squeeze(1)
 
 def hidden_states(lm, ids, **kwargs):
     return lm.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
 
 @torch.no_grad()
 def same_logits(lm, ours, max_length=math.inf):
-    """Look once, when a model is loaded, whether ours(ids) gives the model's own logits after a few
-    tokens: with `slot_attention`, which unlike transformers' own never waits for the device, then
-    with the model's own attention. Returns the first that does and leaves it set, or None.
+    """The attention with which ours(ids) gives the model's own logits after a few tokens, left set:
+    "slots", which unlike transformers' own never waits for the device, or its own; None: neither.
     """
     config = lm.config.get_text_config().to_dict()
-    own = lm.config._attn_implementation
-    window = config.get("use_sliding_window", True) and config.get("sliding_window")
-    short = window and window < min(max_length, context_length(lm))
-    vocabulary = lm.get_input_embeddings().num_embeddings
-    ids = [i % vocabulary for i in range(2, 12)]
-    ids = torch.tensor([[i for i in ids if i != config.get("pad_token_id")]], device=lm.device)
-    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05
+    # A classifier scores the last token that is not pad.
+    ids = [i for i in range(8) if i != config.get("pad_token_id")]
+    ids = torch.tensor([ids], device=lm.device)
     logits = lm(input_ids=ids).logits.flatten(0, -2)[-1].float()
-    for attention in (own,) if short else ("slots", own):
+    tolerance = (1e-4 if lm.dtype == torch.float32 else 0.05) * logits.abs().max()
+    ways = ["slots", lm.config._attn_implementation]
+    window = config.get("use_sliding_window", True) and config.get("sliding_window")
+    if window and window < min(max_length, context_length(lm)):
+        del ways[0]
+    for attention in ways:
         try:
             lm.set_attn_implementation(attention)
-            gap = (ours(ids).float() - logits).abs().max()
-            if gap <= tolerance * logits.abs().max():
+            if (ours(ids).float() - logits).abs().max() <= tolerance:
                 return attention
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a model raises that cannot do what ours asks for
             pass
-    lm.set_attn_implementation(own)
-    return None
 
-def load_policy(path, device, dtype=torch.float32, max_length=math.inf):
-    """A causal LM as a Policy, for sequences of up to `max_length`. UserError if there is none."""
-    return Policy(load_model("CausalLM", path, device, dtype), max_length)
+# Where a model is `frozen`, whole or under adapters, its weights are bfloat16 on a GPU.
 
-def load_scorer(path, device, dtype=torch.float32, new_head=False):
-    """A reward or value model as a Scorer; with `new_head` a causal LM under a score head of zeros.
-    UserError if there is none.
-    """
-    scorer = Scorer(load_model("SequenceClassification", path, device, dtype, new_head))
-    if new_head:
-        scorer.lm.score.weight.data.zero_()
-    return scorer
+def load_policy(path, device, max_length=math.inf, frozen=False):
+    """A causal LM as a Policy, for sequences of up to `max_length`."""
+    return Policy(load_model(transformers.AutoModelForCausalLM, path, device, frozen), max_length)
 
-def load_model(kind, path, device, dtype, new_head=False):
-    """A Hugging Face model with all its weights and no dropout, in train() mode; an adapter's
-    folder is merged into its base. Raises UserError.
-    """
-    base, adapter = path, None
-    scores = kind == "SequenceClassification" and not new_head  # it is a reward model already
+def load_scorer(path, device, frozen=False, new_head=False):
+    """A reward or value model as a Scorer; `new_head`: a causal LM under a score head of zeros."""
+    kind = transformers.AutoModelForSequenceClassification
+    return Scorer(load_model(kind, path, device, frozen, new_head))
+
+def load_model(kind, path, device, frozen, new_head=False):
+    """A Hugging Face model with all its weights and no dropout, in train() mode, or a UserError."""
+    if (Path(path) / "adapter_config.json").exists():
+        return load_adapter(kind, path, device, frozen, new_head)
+    # No code of a model's folder ever runs. Of misfits transformers only warns.
+    how = dict(trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
+    rewards = kind is transformers.AutoModelForSequenceClassification
+    if rewards:
+        how["num_labels"] = 1
     with reading(path):
-        if (Path(path) / "adapter_config.json").exists():
-            with reading(f"{path} is an adapter: pip install peft"):
-                import peft
-            adapter = peft.PeftConfig.from_pretrained(path)
-            base = adapter.base_model_name_or_path
-            if scores != (adapter.task_type == "SEQ_CLS"):
-                raise UserError(f"{path}: an adapter ({adapter.task_type}) of another kind")
-        # No code of a model's folder ever runs. Misfits are refused below, in one line.
-        how = dict(trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
-        if kind == "SequenceClassification" and (new_head or adapter):
-            how["num_labels"] = 1
-        auto_class = getattr(transformers, f"AutoModelFor{kind}")
-        lm, found = auto_class.from_pretrained(base, dtype=dtype, **how)
-    refuse_misfits(base, lm, found, scores and not adapter, new_head or adapter)
-    if adapter:
-        with reading(path), warnings.catch_warnings():
-            adapter.task_type = None  # or peft would look for what only a causal model has
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
-        lm.config.architectures = [type(lm).__name__]
-        lm.requires_grad_(True)  # peft leaves it frozen
-    broken = [name for name, p in lm.named_parameters() if not p.isfinite().all()]
-    if broken:
-        raise UserError(f"{path}: {len(broken)} weights not finite, such as {broken[0]}")
+        lm, found = kind.from_pretrained(path, dtype=weight_dtype(device, frozen), **how)
+    architecture = (lm.config.architectures or ["a model"])[0]
+    needed = "a reward model" if rewards and not new_head else "a causal language model"
+    if ("ForSequenceClassification" in architecture) != (needed == "a reward model"):
+        raise UserError(f"{path}: {architecture}, where {needed} is needed")
+    layers = lm.config.get_text_config().num_hidden_layers
+    problems = {
+        "missing": set(found["missing_keys"]) - ({"score.weight"} if new_head else set()),
+        "of another shape": [name for name, *_ in found["mismatched_keys"]],
+        # A spare LM head is fine, a layer that the model lacks is not.
+        "of a layer too many": [n for n in found["unexpected_keys"] if f".{layers}." in n],
+        "not finite": [n for n, p in lm.named_parameters() if not p.isfinite().all()],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise UserError(f"{path}: {len(names)} weights {problem}, such as {min(names)}")
+    if new_head:
+        lm.score.weight.data.zero_()
     # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a
     # word, and with dropout on, the ratio of the first step would not be 1.
     for module in lm.modules():
@@ -353,27 +339,21 @@ def load_model(kind, path, device, dtype, new_head=False):
                 setattr(module, name, 0.0)
     return lm.to(device).train()
 
-def refuse_misfits(path, lm, found, scores, new_head):
-    """UserError for a model of another kind, and for weights that are missing, of another shape or
-    of layers too many, where transformers only warns.
-    """
-    architecture = (lm.config.architectures or ["a model"])[0]
-    if ("ForSequenceClassification" in architecture) != scores or (
-        scores and lm.config.num_labels != 1
-    ):
-        needed = "a reward model, of one label," if scores else "a causal language model"
-        raise UserError(f"{path}: {architecture}, where {needed} is needed")
-    layers = lm.config.get_text_config().num_hidden_layers
-    spare = [(re.findall(r"\.(\d+)\.", name), name) for name in found["unexpected_keys"]]
-    problems = {
-        "missing": set(found["missing_keys"]) - ({"score.weight"} if new_head else set()),
-        "of another shape": [name for name, *_ in found["mismatched_keys"]],
-        # A spare LM head is fine, a layer that the model lacks is not.
-        "of a layer too many": [name for n, name in spare if n and int(n[0]) >= layers],
-    }
-    for problem, names in problems.items():
-        if names:
-            raise UserError(f"{path}: {len(names)} weights {problem}, such as {min(names)}")
+def load_adapter(kind, path, device, frozen, new_head):
+    """The model that an adapter of peft was made for, with the adapter merged into its weights."""
+    with reading(f"{path} is an adapter: pip install peft"):
+        import peft
+    scorer = kind is transformers.AutoModelForSequenceClassification
+    with reading(path), warnings.catch_warnings():
+        adapter = peft.PeftConfig.from_pretrained(path)
+        if (adapter.task_type == "SEQ_CLS") != (scorer and not new_head):
+            raise UserError(f"{path}: an adapter ({adapter.task_type}) of another kind")
+        # The score head of a reward model is the adapter's.
+        lm = load_model(kind, adapter.base_model_name_or_path, device, frozen, new_head=scorer)
+        adapter.task_type = None  # or peft would look for what only a causal model has
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
+    return lm.requires_grad_(True).train()  # as it was before peft
 
 def load_tokenizer(path, lm=None):
     """A tokenizer; that of a policy `lm` has EOS, and no id beyond the embeddings. UserError."""
@@ -386,9 +366,7 @@ def load_tokenizer(path, lm=None):
     return tokenizer
 
 def save_model(module, folder):
-    """A folder that plain transformers loads, an adapter merged into the weights; the module is of
-    no use afterwards. Every process must call it, the first one writes.
-    """
+    """A folder for plain transformers, adapters merged, which spoils `module`. All must call it."""
     if module.peft:  # merging needs whole weights
         for part in module.modules():
             if isinstance(part, FSDPModule):
@@ -397,8 +375,7 @@ def save_model(module, folder):
         module.lm = module.peft.merge_and_unload()
         weights = dict(module.lm.named_parameters())
     else:
-        weights = states.get_model_state_dict(module, options=SAVING)
-        weights = {name.removeprefix("lm."): tensor for name, tensor in weights.items()}
+        weights = states.get_model_state_dict(module.lm, options=SAVING)
     if rank() == 0:
         module.lm.save_pretrained(folder, state_dict=weights)
 
@@ -407,13 +384,8 @@ def cast(lm, dtype):
     for parameter in lm.parameters():
         parameter.data = parameter.data.to(dtype)
 
-def frozen_dtype(device):
-    """Of models that are not trained: bfloat16 on a GPU, float32 on the CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-def trained_dtype(cfg, device):
-    """float32, or where only adapters are trained the dtype of frozen models."""
-    return frozen_dtype(device) if cfg.lora_rank else torch.float32
+def weight_dtype(device, frozen):
+    return torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
 
 def autocast(device):
     """bfloat16 arithmetic over float32 weights on a GPU; plain float32 on the CPU."""
@@ -431,8 +403,7 @@ def context_length(lm):
 # --------------------------------------------------------------------------------------- sampling
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, slots=None, **kwargs):
-    """For transformers' AttentionInterface: plain causal attention; with a Sampler as `slots` over
-    the K/V that it keeps on the module.
+    """Plain causal attention; with a Sampler as `slots` over the K/V that it keeps on the module.
 
     query (B, H, Q, D), key and value (B, G, Q, D): G groups of H/G heads. Returns (B, Q, H, D).
     """
@@ -441,43 +412,34 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
         raise ValueError("slot_attention takes no padding and no cache: sample by common.generate")
     B, H, Q, D = query.shape
     G = key.shape[1]
-
-    def causal():
+    if slots is not None:
+        if not hasattr(module, "slot_kv"):
+            shape = slots.size, G, slots.max_length
+            module.slot_kv = [x.new_zeros(*shape, x.shape[-1]) for x in (key, value)]
+        keys, values = module.slot_kv
+        rows, positions = slots.into
+        keys[rows, :, positions] = key.transpose(1, 2)
+        values[rows, :, positions] = value.transpose(1, 2)
+    if slots is None or slots.visible is None:  # whole sequences: in training, and prompts
         how = dict(is_causal=True, scale=scaling, enable_gqa=G != H)
         return F.scaled_dot_product_attention(query, key, value, **how).transpose(1, 2), None
-
-    if slots is None:  # training
-        return causal()
-    if slots.filling is not None:  # prompts, into free slots
-        if not hasattr(module, "slot_keys"):
-            shape = (slots.size, G, slots.max_length)
-            module.slot_keys = key.new_zeros(*shape, D)
-            module.slot_values = value.new_zeros(*shape, value.shape[-1])
-        module.slot_keys[slots.filling, :, :Q] = key
-        module.slot_values[slots.filling, :, :Q] = value
-        return causal()
-    # One token a slot: its key goes to the slot's length, and it sees all up to there.
-    module.slot_keys[slots.rows, :, slots.length] = key[:, :, 0]
-    module.slot_values[slots.rows, :, slots.length] = value[:, :, 0]
+    # One token a slot. Heads that share keys stand on the query-length axis: K is not repeated.
     kv = slots.visible.shape[-1]
-    # A group's query heads share its keys: on the query-length axis, K and V need no repetition.
     query = query.view(B, G, H // G, D)
-    keys, values = module.slot_keys[:, :, :kv], module.slot_values[:, :, :kv]
     how = dict(attn_mask=slots.visible, scale=scaling)
-    return F.scaled_dot_product_attention(query, keys, values, **how).reshape(B, 1, H, -1), None
+    out = F.scaled_dot_product_attention(query, keys[:, :, :kv], values[:, :, :kv], **how)
+    return out.reshape(B, 1, H, -1), None
 
 transformers.AttentionInterface.register("slots", slot_attention)
 
 def draw(logits, noise, temperature):
-    """One token a row of logits (n, V), and its log-prob under softmax(logits / temperature): (n,)
-    each. `noise` (n, V) is uniform in [0, 1), and not used where temperature is 0.
+    """Tokens (n,) drawn from softmax(logits / temperature), (n, V), and their log-probs (n,); at
+    temperature 0 the likeliest. `noise` (n, V) is uniform in [0, 1).
     """
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, token_logprobs(logits, tokens)
+    scaled = logits.float() / (temperature or 1.0)
     # argmax(logits + Gumbel noise) is a draw from softmax(logits); -log(-log(uniform)) is Gumbel.
-    scaled = logits.float() / temperature
-    tokens = (scaled - (-noise.log()).log()).argmax(-1)
+    gumbel = 0 if temperature == 0 else -(-noise.log()).log()
+    tokens = (scaled + gumbel).argmax(-1)
     return tokens, token_logprobs(scaled, tokens)
 
 class Sampler:
@@ -503,80 +465,73 @@ class Sampler:
             # One column more than tokens: a row that is done goes on writing there.
             self.ids = torch.zeros(slots, max_length + 1, dtype=torch.long)
             self.logprobs = torch.zeros(slots, max_length + 1)
-            self.start = torch.zeros(slots, dtype=torch.long)  # of the response
             # Tokens in the cache. The newest one, ids[length], has not been read yet.
-            self.length = torch.zeros_like(self.start)
+            self.length = torch.zeros(slots, dtype=torch.long)
+            self.end = torch.zeros(slots, dtype=torch.long)  # where the longest response ends
             self.done = torch.ones(slots, dtype=torch.bool)
             self.eos = torch.tensor(self.eos_ids)
-        self.noise = None  # (S, V) uniform numbers, drawn afresh for each step
-        self.filling = None  # during a prefill: the slots that its rows go to
-        self.visible = None  # during a decode step: (S, 1, 1, kv) cached positions a row may see
+            # Uniform numbers, drawn afresh for each step: (S, V)
+            self.noise = torch.empty(slots, self.lm.get_output_embeddings().out_features)
         self.graphs = {}  # kv: the decode step over that many cached positions
         self.use_graphs = self.device.type == "cuda"
         # One memory pool for all of them, as no two run at once.
         self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
-        compiled = policy.head_logprobs is not head_logprobs
-        self.draw = torch.compile(draw, dynamic=False) if compiled else draw
 
     @torch.no_grad()
     def __call__(self, prompts, generator=None):
-        """One response to each prompt, lists of token ids of any length up to the Sampler's.
-
-        Returns (responses, logprobs) in the order of the prompts: token ids, EOS kept where it was
-        sampled, and their log-probs under softmax(logits / temperature).
+        """One response to each prompt: two lists in the order of the prompts, of token ids, EOS
+        kept where it was sampled, and of their log-probs under softmax(logits / temperature).
         """
         # With graphs the host looks at the device once in `burst` steps, and one graph serves a
         # whole bucket of lengths.
         burst, bucket = (16, 128) if self.use_graphs else (1, 1)
         together = max(1, 16384 // self.max_length)  # prompts of one prefill, for its memory
-        self.done.fill_(True)
         self.length.zero_()
-        waiting = list(range(len(prompts)))
-        free = list(range(self.size))
-        answering = {}  # slot: its prompt
-        answers = [None] * len(prompts)
-        while waiting or answering:
+        n = len(prompts)
+        responses, logprobs = [None] * n, [None] * n
+        begun = 0  # prompts that have had a slot
+        answering = {}  # slot: the number of its prompt
+        while begun < n or answering:
+            free = [slot for slot in range(self.size) if slot not in answering]
             # A prefill costs as much as a decode step or more: it waits for an eighth of the slots.
-            while waiting and len(free) >= max(1, self.size // 8):
-                n = min(len(free), len(waiting), together)
-                self.prefill(free[:n], [prompts[i] for i in waiting[:n]], generator)
-                answering.update(zip(free[:n], waiting[:n]))
-                free, waiting = free[n:], waiting[n:]
+            if begun < n and len(free) >= max(1, self.size // 8):
+                numbers = range(begun, min(n, begun + len(free), begun + together))
+                begun = numbers.stop
+                answering.update(zip(free, numbers))
+                self.prefill(free[: len(numbers)], [prompts[i] for i in numbers], generator)
+                continue
             kv = -(-(int(self.length.max()) + burst) // bucket) * bucket
             for _ in range(burst):
                 self.step(min(kv, self.max_length), generator)
             for slot in self.done.nonzero().flatten().tolist():
                 if slot in answering:
-                    part = slice(self.start[slot], self.length[slot] + 1)
-                    answer = self.ids[slot, part].tolist(), self.logprobs[slot, part].tolist()
-                    answers[answering.pop(slot)] = answer
-                    free.append(slot)
-            free.sort()
-        return [ids for ids, _ in answers], [logprobs for _, logprobs in answers]
+                    i = answering.pop(slot)
+                    part = slice(len(prompts[i]), self.length[slot] + 1)
+                    responses[i] = self.ids[slot, part].tolist()
+                    logprobs[i] = self.logprobs[slot, part].tolist()
+        return responses, logprobs
 
     def sample(self, prompts, *key):
-        """__call__ for several processes: each answers its share of the prompts, by random numbers
-        of its own, and gets all the answers. `key` seeds them: seed, step, purpose.
-        """
+        """The same by all processes: each answers a share, with a seed of its own, and gets all."""
         generator = make_generator(self.device, *key, rank())
         return [gather(part) for part in self(prompts[rank() :: world_size()], generator)]
 
-    def prefill(self, slots, prompts, generator=None):
+    def prefill(self, slots, prompts, generator):
         """Run n prompts into n free slots and draw the first token of each response."""
         rows = torch.tensor(slots, device=self.device)
-        ids = pad_right(prompts).to(self.device)  # (n, P)
+        ids = pad_right(prompts).to(self.device)
+        n, P = ids.shape
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.ids[rows, : ids.shape[1]] = ids
-        self.start[rows] = self.length[rows] = lengths
+        self.ids[rows, :P] = ids
+        self.length[rows] = lengths
+        self.end[rows] = lengths + self.max_new_tokens - 1
         self.done[rows] = False
-        self.filling = rows
+        # For slot_attention: where the K/V go, slots (n, 1) and positions; nothing is read there.
+        self.into, self.visible = (rows[:, None], torch.arange(P, device=self.device)), None
+        noise = self.noise[:n].uniform_(generator=generator)
         with torch.compiler.set_stance("force_eager"):  # or every number of prompts would compile
-            hidden = self.policy.hidden(ids, slots=self)[self.rows[: len(slots)], lengths - 1]
-        self.filling = None
-        logits = self.policy.head(hidden)  # (n, V)
-        if self.noise is None:
-            self.noise = torch.empty(self.size, logits.shape[-1], device=self.device)
-        self.append(rows, logits, self.noise[: len(slots)].uniform_(generator=generator))
+            hidden = self.policy.hidden(ids, slots=self)[self.rows[:n], lengths - 1]
+            self.append(rows, self.policy.head(hidden), noise)
 
     def step(self, kv, generator):
         """The next token of every slot that is not done yet, from the graph where there is one."""
@@ -601,24 +556,23 @@ class Sampler:
 
     def logits(self, kv):
         """Feed every slot its last token; it sees `kv` positions at most. (S, V)"""
+        if not self.policy.usual:  # no cache: read the whole sequences again
+            return self.policy.hidden(self.ids[:, :kv])[self.rows, self.length]
         at = self.length[:, None]  # (S, 1)
-        if self.policy.usual:
-            self.visible = (torch.arange(kv, device=self.device) <= at)[:, None, None]
-            token = self.ids.gather(1, at)  # (S, 1)
-            hidden = self.policy.hidden(token, position_ids=at, slots=self)[:, 0]
-        else:  # no cache: read the whole sequences again
-            hidden = self.policy.hidden(self.ids[:, :kv])[self.rows, self.length]
+        self.into = self.rows[:, None], at
+        self.visible = (torch.arange(kv, device=self.device) <= at)[:, None, None]  # (S, 1, 1, kv)
+        token = self.ids.gather(1, at)  # (S, 1)
+        hidden = self.policy.hidden(token, position_ids=at, slots=self)[:, 0]
         return self.policy.head(hidden)
 
     def append(self, rows, logits, noise):
         """Draw a token from logits (n, V) for each of `rows` (n,) that is not done yet."""
-        tokens, logprobs = self.draw(logits, noise, self.temperature)
+        tokens, logprobs = self.policy.draw(logits, noise, self.temperature)
         at = self.length[rows] + self.done[rows]  # of a row that is done, one past its answer
         self.ids[rows, at] = tokens
         self.logprobs[rows, at] = logprobs
         ended = (tokens[:, None] == self.eos).any(-1)
-        ended |= self.length[rows] + 1 - self.start[rows] == self.max_new_tokens
-        self.done[rows] |= ended
+        self.done[rows] |= ended | (self.length[rows] == self.end[rows])
 
     @torch.no_grad()
     def sync(self, policy):
@@ -634,20 +588,18 @@ class Sampler:
 
 def free_slots(lm):
     for module in lm.modules():
-        vars(module).pop("slot_keys", None)
-        vars(module).pop("slot_values", None)
+        vars(module).pop("slot_kv", None)
 
 def sampling_copy(policy, cfg):
-    """The policy that samples: itself where that is fast, else a whole copy, in bfloat16 on a GPU,
-    which `Sampler.sync` keeps up to date. To be called before the policy is sharded.
+    """The policy that samples: itself where that is fast, else a whole copy for `Sampler.sync` to
+    keep up to date. To be called before the policy is sharded.
     """
-    dtype = frozen_dtype(policy.lm.device)
+    dtype = weight_dtype(policy.lm.device, frozen=True)
     if world_size() == 1 and policy.lm.dtype == dtype:
         return policy
     copied = copy.deepcopy(policy).requires_grad_(False)
     cast(copied.lm, dtype)
-    compile_layers(copied, cfg)
-    return copied
+    return prepare(copied, cfg, shard=False)
 
 def generate(lm, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None, slots=256):
     """Sample a response to each prompt from any Hugging Face causal LM, which is left as it was.
@@ -697,8 +649,8 @@ def gather(rows):
     return [parts[i % P][i // P] for i in range(sum(map(len, parts)))]
 
 def add_lora(module, cfg):
-    """With --lora_rank: freeze the model and give every linear layer an adapter (Hu et al. 2021, by
-    PEFT), which changes nothing until it is trained; a score head is trained whole.
+    """With --lora_rank freeze a model and give its linear layers adapters (Hu et al. 2021; PEFT's),
+    which change nothing until they are trained; a score head is trained whole.
     """
     if not cfg.lora_rank:
         return
@@ -718,35 +670,29 @@ def without_adapter(module):
     """A context with the LoRA adapter, if any, switched off."""
     return module.peft.disable_adapter() if module.peft else nullcontext()
 
-def blocks(lm):
-    """The transformer layers: the longest list of modules."""
-    lists = [part for part in lm.modules() if isinstance(part, torch.nn.ModuleList)]
-    return max(lists, key=len, default=[])
-
-def compile_layers(module, cfg):
-    """Compile the layers one by one, as they share their code; `auto`: large models on CUDA."""
+def prepare(module, cfg, shard=True):
+    """Compile the layers one by one, as they share their code (`auto`: of large models on CUDA),
+    and of several processes let each keep a part of the model. Returns it.
+    """
+    device = module.lm.device
     size = sum(p.numel() for p in module.parameters())
-    large = module.lm.device.type == "cuda" and size > 50e6
-    if cfg.compile == "on" or (cfg.compile == "auto" and large):
+    lists = [part for part in module.lm.modules() if isinstance(part, torch.nn.ModuleList)]
+    layers = max(lists, key=len, default=[])
+    if device.type == "cpu" and size < 5e6 and "OMP_NUM_THREADS" not in os.environ:
+        # A second thread gains a third, and loses a factor of ten where others use the cores.
+        torch.set_num_threads(1)
+    if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and size > 50e6):
         # torch counts by the layer's code, which all models of a family share. What cannot be
         # compiled runs eagerly, after a warning.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.suppress_errors = True
-        for layer in blocks(module.lm):
+        for layer in layers:
             layer.compile(dynamic=True)
         module.head_logprobs = torch.compile(head_logprobs, dynamic=True)
-
-def prepare(module, cfg):
-    """Compile a model and, of several processes, let each keep a part of it; returns it."""
-    device = module.lm.device
-    small = sum(p.numel() for p in module.parameters()) < 5e6
-    if device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
-        # A second thread gains a third, and loses a factor of ten where others use the cores.
-        torch.set_num_threads(1)
-    compile_layers(module, cfg)
-    if world_size() > 1:
+        module.draw = torch.compile(draw, dynamic=False)
+    if shard and world_size() > 1:
         mesh = dist.init_device_mesh(device.type, (world_size(),))
-        for part in (*blocks(module.lm), module):
+        for part in (*layers, module):
             # Sharded again after each forward, or an adapter that was switched off and on in
             # between would not be trained from then on.
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
@@ -762,16 +708,14 @@ def make_optimizer(module, cfg, lr):
     trained = [p for p in prepare(module, cfg).parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-def read_stats(totals, **grad_norms):
-    """Scalars on the device, summed over the processes, and norms of gradients, as floats: the one
-    time in an optimiser step that the host waits for the device. Raises UserError where one is not
-    finite, and the weights are not touched yet.
+def read_stats(totals, **grad_norm):
+    """Scalars, summed over the processes, and the norm of a gradient, as floats: the one time in an
+    optimiser step that the host waits for the device. UserError where one is not finite.
     """
-    numbers = [all_sum(torch.stack(list(totals.values())))]
-    for norm in grad_norms.values():
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        numbers.append(norm.detach()[None])
-    stats = dict(zip([*totals, *grad_norms], torch.cat(numbers).tolist()))
+    [norm] = grad_norm.values()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    numbers = [*all_sum(torch.stack(list(totals.values()))), norm.detach()]
+    stats = dict(zip([*totals, *grad_norm], torch.stack(numbers).tolist()))
     check_finite(stats, "the weights were not touched: try a lower rate or a longer --warmup")
     return stats
 
@@ -781,9 +725,7 @@ def check_finite(numbers, then):
             raise UserError(f"{name} is {number}; {then}")
 
 def set_lr(optimizer, lr, step, steps, cfg):
-    """Linear warm-up over --warmup steps, at most half of all, then constant or linear decay to 0
-    after `steps`; step counts from 1. Returns the rate.
-    """
+    """Set and return the rate of `step` (from 1): linear warm-up, then constant or linear decay."""
     warmup = min(cfg.warmup, steps // 2)  # a short run would never reach its rate
     lr = lr * min(1.0, step / max(1, warmup))
     if cfg.lr_schedule == "linear" and step > warmup:
@@ -1076,7 +1018,7 @@ def load_score(cfg, policy, tokenizer, adapters=False):
     if cfg.reward_fn:
         return function_score(cfg.reward_fn, tokenizer), None
     device = policy.lm.device
-    reward = load_scorer(cfg.reward, device, frozen_dtype(device)).requires_grad_(False)
+    reward = load_scorer(cfg.reward, device, frozen=True).requires_grad_(False)
     own = load_tokenizer(cfg.reward)
     same = tokenizer.get_vocab().items() <= own.get_vocab().items()
     # A policy may sample ids that its tokenizer does not have, too.

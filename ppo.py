@@ -174,8 +174,7 @@ def load_value(cfg, reward, device):
     if not reward:  # or it does not read the policy's tokens
         print("the value model starts from the policy with a zero head")
     start = cfg.reward if reward else cfg.policy
-    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA that of frozen models
-    value = common.load_scorer(start, device, dtype, new_head=not reward)
+    value = common.load_scorer(start, device, frozen=cfg.lora_rank, new_head=not reward)
     common.add_lora(value, cfg)
     return value
 
@@ -305,14 +304,12 @@ def main(cfg):  # Algorithm 1
     # policy(batch, temperature) gives log-probs and entropy, value(batch) an output at each token:
     # (B, T); score(questions, responses) gives (B,).
     limit = cfg.max_prompt_tokens + cfg.max_new_tokens  # tokens of an episode
-    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA as frozen models
-    policy = common.load_policy(cfg.policy, device, dtype, limit)
+    policy = common.load_policy(cfg.policy, device, limit, frozen=cfg.lora_rank)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.add_lora(policy, cfg)  # only with --lora_rank
     ref = policy
     if cfg.ref or not cfg.lora_rank:
-        dtype = common.frozen_dtype(device)  # bfloat16 on a GPU
-        ref = common.load_policy(cfg.ref or cfg.policy, device, dtype, limit)
+        ref = common.load_policy(cfg.ref or cfg.policy, device, limit, frozen=True)
         common.prepare(ref.requires_grad_(False), cfg)  # compile and shard, where asked for
     score, reward = common.load_score(cfg, policy, tokenizer, adapters=by_value)
     value = load_value(cfg, reward, device) if by_value else None

@@ -192,7 +192,7 @@ def sample_candidates(run, name, sampler, score, prompts, cfg):
 
 def answer(cfg, device):
     """Answer --prompt, or each line of stdin, N times; print the answers, best first."""
-    policy = common.load_policy(cfg.policy, device, common.frozen_dtype(device))
+    policy = common.load_policy(cfg.policy, device, frozen=True)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.prepare(policy.requires_grad_(False), cfg)  # compiled, where asked for
     score, _ = common.load_score(cfg, policy, tokenizer)
@@ -337,14 +337,12 @@ def main(cfg):
     rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_prompts.jsonl")
     common.make_missing_stages(cfg)  # out/sft and out/reward
     limit = max(cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_length)  # tokens
-    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA as frozen models
-    policy = common.load_policy(cfg.policy, device, dtype, limit)
+    policy = common.load_policy(cfg.policy, device, limit, frozen=cfg.lora_rank)
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.add_lora(policy, cfg)  # only with --lora_rank
     ref = policy  # with LoRA: without its adapter
     if trains and not cfg.lora_rank:
-        dtype = common.frozen_dtype(device)  # bfloat16 on a GPU
-        ref = common.load_policy(cfg.policy, device, dtype, limit)
+        ref = common.load_policy(cfg.policy, device, limit, frozen=True)
         common.prepare(ref.requires_grad_(False), cfg)  # compile and shard, where asked for
     score = reward = None
     if cfg.reward or cfg.reward_fn:

@@ -176,8 +176,7 @@ def held_out_results(scorer, judgements, cfg):
 
 def new_reward_model(cfg, device):
     """A causal LM's layers under a new score head, its tokenizer, the ids that end a response."""
-    dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA that of frozen models
-    scorer = common.load_scorer(cfg.model, device, dtype, new_head=True)
+    scorer = common.load_scorer(cfg.model, device, frozen=cfg.lora_rank, new_head=True)
     lm = scorer.lm  # the Hugging Face model
     if not scorer.reads_tokens:  # an encoder: one score for a whole text
         raise common.UserError(f"{cfg.model}: it has no score at every token to build on")

@@ -105,8 +105,7 @@ def main(cfg):
     train_rows, eval_rows = common.read_split(cfg.data, cfg.eval_data, "eval_sft.jsonl")
 
     if cfg.model:
-        dtype = common.trained_dtype(cfg, device)  # float32, or with LoRA that of frozen models
-        policy = common.load_policy(cfg.model, device, dtype, cfg.max_length)
+        policy = common.load_policy(cfg.model, device, cfg.max_length, frozen=cfg.lora_rank)
         tokenizer = common.load_tokenizer(cfg.model, policy.lm)
         common.add_lora(policy, cfg)  # only with --lora_rank
     else:

@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--peer", type=int, default=64, help="largest batch the peer is timed at")
     args = parser.parse_args()
     device = common.choose_device("auto")
-    dtype = common.frozen_dtype(device)
+    dtype = common.weight_dtype(device, frozen=True)
     bandwidth = memory_bandwidth(device)
     settings = argparse.Namespace(
         lora_rank=args.lora_rank, lora_alpha=32.0, seed=0, compile=args.compile

@@ -65,10 +65,12 @@ def measure(configuration, steps, folder, more):
     common.write_jsonl(folder / "eval.jsonl", rows[:2])
 
     # The scripts' own loops, on models that no folder holds.
-    def load_policy(path, device, dtype=torch.float32, max_length=float("inf")):
+    def load_policy(path, device, max_length=float("inf"), frozen=False):
+        dtype = common.weight_dtype(device, frozen)
         return common.Policy(random_model(policy, device, dtype), max_length)
 
-    def load_scorer(path, device, dtype=torch.float32, new_head=False):
+    def load_scorer(path, device, frozen=False, new_head=False):
+        dtype = common.weight_dtype(device, frozen)
         return common.Scorer(random_model(value, device, dtype, reward=True))
 
     common.load_policy, common.load_scorer = load_policy, load_scorer
@@ -101,7 +103,7 @@ def floors(configuration, device):
     B, tokens = int(episodes), int(episodes) * (prompt + new)
     models = [random_model(policy, "meta", torch.float32)]
     models.append(random_model(value, "meta", torch.float32, reward=True))
-    dtype = common.frozen_dtype(device)
+    dtype = common.weight_dtype(device, frozen=True)
     cached = B * (prompt + new / 2)  # tokens, on average
     step_bytes = dtype.itemsize * models[0].num_parameters()
     step_bytes += cached * kv_bytes(models[0].config, dtype)

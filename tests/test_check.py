@@ -50,7 +50,7 @@ def head_with_dropout(policy, hidden):
     (common.Policy, "head", head_with_dropout, ["ratio", "KL"]),
 ])  # fmt: skip
 def test_a_fault_is_noticed(place, name, broken, expected, tiny_folder, monkeypatch, capsys):
-    policy = common.load_policy(tiny_folder, "cpu")  # before the fault: loading would see some
+    policy = common.load_policy(tiny_folder, torch.device("cpu"))  # before the fault
     monkeypatch.setattr(common, "load_policy", lambda *args: policy)
     assert check.main(["--policy", str(tiny_folder)]) == 0
     monkeypatch.setattr(place, name, broken)

@@ -323,14 +323,14 @@ def test_a_graph_serves_a_range_of_lengths_and_new_weights_in_place():
     layers = [layer.self_attn for layer in sampler.lm.model.layers]
     with graphs(sampler):
         assert sampler(long)[0] == plain_greedy(first, long, 18, [EOS])
-        buffers = [layer.slot_keys.data_ptr() for layer in layers]
+        buffers = [layer.slot_kv[0].data_ptr() for layer in layers]
         sampler.sync(common.Policy(copy.deepcopy(second)))
         for prompts in (PROMPTS, long):
             assert sampler(prompts)[0] == plain_greedy(second, prompts, 18, [EOS])
     assert len(sampler.graphs) == 2  # up to 128 positions, and up to 140
-    assert buffers == [layer.slot_keys.data_ptr() for layer in layers]
+    assert buffers == [layer.slot_kv[0].data_ptr() for layer in layers]
     sampler.close()
-    assert not sampler.graphs and not any(hasattr(layer, "slot_keys") for layer in layers)
+    assert not sampler.graphs and not any(hasattr(layer, "slot_kv") for layer in layers)
 
 def test_a_step_that_is_no_graph_is_told_once_and_runs(monkeypatch, capsys):
     sampler = common.Sampler(policy_of("llama"), [EOS], 8, 16, 0, slots=2)
@@ -342,7 +342,7 @@ def test_a_step_that_is_no_graph_is_told_once_and_runs(monkeypatch, capsys):
 def traces(lm):
     """What a generation could leave behind."""
     modes = [module.training for module in lm.modules()]
-    left = [x for module in lm.modules() for x in vars(module).values() if torch.is_tensor(x)]
+    left = [name for module in lm.modules() for name in vars(module)]
     state = torch.get_rng_state().numpy().tobytes()
     return modes, len(left), lm.config._attn_implementation, lm.generation_config.top_k, hash(state)
 
@@ -443,8 +443,8 @@ def test_models_of_another_kind_are_refused_in_one_line(tmp_path, tiny_folder):
     for load, path, says in [
         (common.load_policy, reward, "LlamaForSequenceClassification, where a causal"),
         (partial(common.load_scorer, new_head=True), reward, "where a causal language model"),
-        (common.load_scorer, tiny_folder, "where a reward model, of one"),
-        (common.load_scorer, three, "one label"),
+        (common.load_scorer, tiny_folder, "where a reward model is needed"),
+        (common.load_scorer, three, "of another shape, such as score.weight"),
         (common.load_scorer, headless, "1 weights missing, such as score.weight"),
         (common.load_policy, tmp_path / "nowhere", "nowhere: "),
     ]:
@@ -494,14 +494,14 @@ def test_a_tokenizer_fits_its_model(tmp_path, tiny_folder):
     with pytest.raises(UserError, match="no EOS token"):
         common.load_tokenizer(tmp_path, lm)
 
-def test_a_bfloat16_copy_keeps_its_rotary_frequencies(tiny_folder):
+def test_a_bfloat16_copy_keeps_its_rotary_frequencies(tiny_folder, monkeypatch):
     exact = dict(common.load_policy(tiny_folder, CPU).lm.named_buffers())
-    loaded, cast = common.load_policy(tiny_folder, CPU, torch.bfloat16).lm, make_llama(320)
+    monkeypatch.setattr(common, "weight_dtype", lambda device, frozen: torch.bfloat16)
+    loaded, cast = common.load_policy(tiny_folder, CPU).lm, make_llama(320)
     common.cast(cast, torch.bfloat16)
-    for lm in (loaded, cast):
-        assert lm.dtype == torch.bfloat16
-        for name, buffer in lm.named_buffers():
-            assert torch.equal(exact[name], buffer) and exact[name].dtype == buffer.dtype
+    assert loaded.dtype == cast.dtype == torch.bfloat16
+    for name, buffer in [*loaded.named_buffers(), *cast.named_buffers()]:
+        assert torch.equal(exact[name], buffer) and exact[name].dtype == buffer.dtype
 
 def test_the_context_ends_where_rotary_scaling_sets_in():
     rope = dict(rope_type="dynamic", factor=4.0, original_max_position_embeddings=16)

@@ -204,18 +204,17 @@ def test_a_sharded_model_holds_parts_and_gives_the_same(tmp_path, case, kind, ch
 @MODES
 def test_every_model_is_in_parts_and_bfloat16_where_frozen(tmp_path, case, lora, monkeypatch):
     """As on a GPU: float32 for what is trained, bfloat16 for frozen models and the sampler's."""
-    models, prepare = [], common.prepare
+    models, dtypes = [], (torch.bfloat16, torch.float32)
     def check(*args, **kwargs):
         assert len(models) == (2 if lora else 4)
         for name, parameter in (x for model in models for x in model.named_parameters()):
             assert isinstance(parameter, DTensor), name
             if "score" not in name:
-                expected = torch.float32 if parameter.requires_grad else torch.bfloat16
-                assert parameter.dtype == expected, name
+                assert parameter.dtype == dtypes[parameter.requires_grad], name
 
-    monkeypatch.setattr(common, "prepare", lambda *a: models.append(prepare(*a)) or models[-1])
+    after(monkeypatch, common, "prepare", lambda m, cfg, shard=True: models.extend([m] * shard))
     after(monkeypatch, common.Run, "log", check)
-    monkeypatch.setattr(common, "frozen_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(common, "weight_dtype", lambda _, frozen: dtypes[not frozen])
     monkeypatch.setattr(common, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
     assert run_in(2, case("ppo", tmp_path / "out", steps=2, **lora)) == [0, 0]
     assert all(x.dtype == torch.float32 for x in weights_of(tmp_path / "out").values())

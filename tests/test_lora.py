@@ -27,9 +27,9 @@ def folders(tmp_path_factory, tiny_folder, reward_folder):
     transformers.GPT2LMHeadModel(config).save_pretrained(gpt2)
     return dict(llama=tiny_folder, gpt2=gpt2, value=reward_folder)
 
-def load(kind, folder, dtype=torch.float32):
+def load(kind, folder):
     load_module = common.load_scorer if kind == "value" else common.load_policy
-    return load_module(folder, torch.device("cpu"), dtype)
+    return load_module(folder, torch.device("cpu"))
 
 @torch.no_grad()
 def said(module):
@@ -83,7 +83,8 @@ def test_off_is_the_base_bit_for_bit_on_is_what_was_learned(tmp_path, data, fold
 
 def test_a_bfloat16_base_does_not_swallow_small_updates(tmp_path, tiny_folder):
     """W + (alpha / r) B A is saved in float32."""
-    policy = load("llama", tiny_folder, torch.bfloat16)
+    policy = load("llama", tiny_folder)
+    common.cast(policy.lm, torch.bfloat16)
     common.add_lora(policy, CONFIGS["sft"](tmp_path, "", "", **RANK))
     layer = policy.lm.model.layers[0].mlp.up_proj
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
