@@ -2,7 +2,8 @@
 forward that training needs; sampling; training, in one process or several; data; scores and
 answers; the run's settings, folder and command line.
 
-Shapes: B sequences, T tokens, N masked tokens, V vocabulary, d hidden size.
+Shapes: B sequences, T tokens, N tokens where the mask is 1, V vocabulary, d hidden size; b and t
+are B and T of a micro-batch, S the slots of a Sampler, n some of them.
 
 An example is a dict of lists, one entry a token: `ids`, and a `mask` that is 1 on the tokens of the
 response, EOS included, and 0 on the prompt. A batch has the same keys, padded on the right to
@@ -57,20 +58,22 @@ def reading(what, error=UserError):
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as problem:
-        calls = traceback.extract_tb(problem.__traceback__)
-        lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]  # of a script
+        raise  # both have a message of their own
+    except (Exception, SystemExit) as problem:  # a user's function may call exit()
+        line = ""
+        for call in traceback.extract_tb(problem.__traceback__):
+            if call.filename == str(what):  # `what` is a script: its line, the innermost last
+                line = f":{call.lineno}"
         kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
         message = f"{kind}{problem}".strip().partition("\n")[0]
-        raise error(f"{what}{''.join(lines[-1:])}: {message}") from problem
+        raise error(f"{what}{line}: {message}") from problem
 
 # ------------------------------------------------------------------------------ log-probs and GAE
 
 def token_logprobs(logits, tokens, temperature=1.0):
     """log softmax(logits / temperature) at `tokens`: (..., V), (...) -> (...), in float32."""
-    log_p = (logits.float() / temperature).log_softmax(-1)
-    return log_p.gather(-1, tokens[..., None]).squeeze(-1)
+    log_p = (logits.float() / temperature).log_softmax(-1)  # (..., V)
+    return log_p.gather(-1, tokens[..., None]).squeeze(-1)  # (...)
 
 def masked_mean(x, mask):
     """Mean of `x` over the entries where `mask` is 1: a scalar, 0 when there is none."""
@@ -81,9 +84,13 @@ def masked_variance(x, mask):
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 def whiten(x, mask, scale=True):
-    """`x` less its mean over the mask, with `scale` over its (population) deviation; else 0."""
+    """`x` shifted to mean 0 and, with `scale`, divided by its (population) standard deviation, both
+    over the entries where `mask` is 1; 0 elsewhere. The shape of `x`.
+    """
     centred = (x - masked_mean(x, mask)) * mask
-    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8) if scale else centred
+    if not scale:
+        return centred
+    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8)  # all equal: 0, not nan
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over real response tokens.
@@ -92,33 +99,38 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     its last real token, so nothing is bootstrapped past it. Returns (advantages, returns), both 0
     where mask is 0.
     """
-    advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0])  # (B,)
-    next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+    advantages = torch.zeros_like(values)  # (B, T)
+    next_value = torch.zeros_like(values[:, 0])  # (B,), V(s_{t+1})
+    next_advantage = torch.zeros_like(values[:, 0])  # (B,), A_{t+1}
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
         next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
-        next_value = values[:, t] * mask[:, t]
+        next_value = values[:, t] * mask[:, t]  # padding stays 0: the episode is over
         advantages[:, t] = next_advantage
-    return advantages, (advantages + values) * mask
+    return advantages, (advantages + values) * mask  # return = A + V, the target of V
 
 # ---------------------------------------------------------------------------------------- batches
 
 def join(prompt, response):
     """Prompt and response ids as one example."""
-    return dict(ids=prompt + response, mask=[0] * len(prompt) + [1] * len(response))
+    mask = [0] * len(prompt) + [1] * len(response)
+    return dict(ids=prompt + response, mask=mask)
 
 def pad_right(rows):
     """Lists of different lengths -> (B, longest) tensor with zeros on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True)  # (B, T)
 
 def collate(examples, device="cpu"):
-    """Examples as one batch, padded on the right: every key (B, T), and `at`.
+    """Examples as one batch on `device`, padded with 0 on the right: every key (B, T), the mask
+    float32, and `at` (N,), the flat indices b * T + t of the tokens where the mask is 1.
 
-    `at` (N,) is the flat index of the masked tokens. One example with ids 5 6 7 2 and mask 0 0 1 1
-    (prompt 5 6, response 7 2) gives ids [[5, 6, 7, 2]], mask [[0., 0., 1., 1.]] and at [2, 3].
+    One example with ids 5 6 7 2 and mask 0 0 1 1 (prompt 5 6, response 7 2) gives
+    ids [[5, 6, 7, 2]], mask [[0., 0., 1., 1.]] and at [2, 3]. AssertionError: an empty prompt.
     """
-    batch = {key: pad_right([example[key] for example in examples]) for key in examples[0]}
+    batch = {}
+    for key in examples[0]:
+        batch[key] = pad_right([example[key] for example in examples])  # (B, T)
     batch["mask"] = batch["mask"].float()
     # A first token has no log-prob, and its `at - 1` would be the last token of the row above.
     assert not batch["mask"][:, 0].any(), "a response must not begin with the first token"
@@ -126,11 +138,12 @@ def collate(examples, device="cpu"):
 
 def take(batch, rows, device):
     """The sequences `rows` of a batch that lies on the host, cut to the longest of them."""
-    T = int(batch["mask"][rows].any(0).nonzero().max()) + 1  # a response ends its sequence
-    some = {key: x[rows, :T] for key, x in batch.items() if key != "at"}
+    used = batch["mask"][rows].any(0)  # (T,): with the last of these the longest response ends,
+    T = int(used.nonzero().max()) + 1  # and no sequence goes on after its response
+    part = {key: x[rows, :T] for key, x in batch.items() if key != "at"}
     # Found on the host, so that nothing has to wait for the device to learn how many they are.
-    some["at"] = some["mask"].flatten().nonzero().squeeze(1)
-    return {key: x.to(device, non_blocking=True) for key, x in some.items()}
+    part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,)
+    return {key: x.to(device, non_blocking=True) for key, x in part.items()}
 
 def micro_batches(rows, lengths, max_tokens):
     """Cut `rows` into lists of rows of similar length, each at most `max_tokens` when padded.
@@ -142,29 +155,34 @@ def micro_batches(rows, lengths, max_tokens):
     rows = sorted(rows, key=lambda row: lengths[row])
     parts = [[]]
     for start in range(0, len(rows), world_size()):
-        neighbours = rows[start : start + world_size()]
-        if parts[-1] and (len(parts[-1]) + 1) * lengths[neighbours[-1]] > max_tokens:
+        neighbours = rows[start : start + world_size()]  # one for each process
+        padded = (len(parts[-1]) + 1) * lengths[neighbours[-1]]  # tokens, were it to take one more
+        if parts[-1] and padded > max_tokens:
             parts.append([])
         parts[-1].append(neighbours[rank()])
     return parts
 
 @torch.no_grad()
 def evaluate(function, examples, cfg, device):
-    """function(batch) -> (b, ...) over all examples by micro-batches, each process its share, as
-    one tensor on the host; of (b, t, n), such as n numbers a token, (B, T, n), 0 past the end.
+    """function(batch) over all examples, without gradients, by micro-batches of similar length; of
+    several processes each runs a share, and all get the whole: one float32 tensor on the host.
+
+    A function that returns (b,), a number a sequence, gives (B,); one that returns (b, t, k), k
+    numbers a token, gives (B, T, k), 0 past the end of a micro-batch.
     """
-    n = len(examples)
-    examples = examples + examples[:1] * (-n % world_size())  # every process has as many
+    B = len(examples)
+    examples = examples + examples[:1] * (-B % world_size())  # a multiple of the processes
     lengths = [len(example["ids"]) for example in examples]
-    results = None
+    results = None  # until the first result shows the shape
     for rows in micro_batches(range(len(examples)), lengths, token_budget(cfg, device)):
-        x = function(collate([examples[row] for row in rows], device)).float().cpu()
+        batch = collate([examples[row] for row in rows], device)
+        x = function(batch).float().cpu()  # (b,) or (b, t, k)
         if x.dim() > 1:
-            x = F.pad(x, (0, 0, 0, max(lengths) - x.shape[1]))
+            x = F.pad(x, (0, 0, 0, max(lengths) - x.shape[1]))  # (b, T, k)
         if results is None:
             results = torch.zeros(len(examples), *x.shape[1:])
         results[rows] = x
-    return all_sum(results)[:n]
+    return all_sum(results)[:B]  # a row is 0 in all processes but the one that has run it
 
 def token_budget(cfg, device):
     """Padded tokens a forward may hold. A CPU gains nothing by more, and loses by the padding."""
