@@ -192,11 +192,13 @@ def token_budget(cfg, device):
 # Two modules around a Hugging Face model `lm`; what is known of the model is a field of theirs.
 
 class Policy(torch.nn.Module):
-    """A causal LM: Policy(lm)(batch, temperature) -> log-probs and entropy of the response tokens.
+    """A causal LM: Policy(lm)(batch, temperature) -> (logprobs, entropy), each (B, T) float32: of
+    the response tokens under softmax(logits / temperature), and 0 where the mask is.
 
-    Only their hidden states reach the LM head, 1,024 at a time and recomputed in the backward pass:
-    the float32 logits (B, T, V), larger than all else, never exist. A model that is not `usual`,
-    since it scales its logits or has windows shorter than `max_length`, runs the plain way.
+    Only the hidden states before response tokens reach the LM head, 1,024 at a time, and each chunk
+    is computed again in the backward pass: the float32 logits (B, T, V), larger than all else,
+    never exist. A model is not `usual` if it scales its logits or has windows shorter than
+    `max_length`; then it runs more slowly, by its own forward alone.
     """
 
     def __init__(self, lm, max_length=math.inf):
@@ -204,18 +206,20 @@ class Policy(torch.nn.Module):
         self.lm = lm
         self.peft = None  # with LoRA the PeftModel around lm
         self.head_logprobs, self.draw = head_logprobs, draw  # or the same, compiled
-        self.usual = True
+        self.usual = True  # so that sample_one tries the fast way
         self.usual = same_logits(lm, self.sample_one, max_length) == "slots"
         if not self.usual:
             print(f"{type(lm).__name__}: unusual logits or attention, it will run more slowly")
 
     def sample_one(self, ids):
-        """The logits (V,) after `ids` (1, T), of which a Sampler reads the last in a step."""
+        """The logits (V,) after `ids` (1, T), by a Sampler: all but the last token are a prompt,
+        and a decode step reads the last one.
+        """
         ids = ids[0].tolist()
         sampler = Sampler(self, [], max_new_tokens=2, max_length=len(ids), slots=2)
-        ragged = [ids[:-1], ids[:4]]
+        ragged = [ids[:-1], ids[:4]]  # a second, shorter prompt: lengths must not mix
         sampler.prefill([0, 1], ragged, torch.Generator(sampler.device))
-        sampler.ids[0, -2] = ids[-1]
+        sampler.ids[0, -2] = ids[-1]  # in place of the token that was drawn
         logits = sampler.logits(len(ids))[0]
         sampler.close()
         return logits
@@ -230,9 +234,9 @@ class Policy(torch.nn.Module):
         return self.lm.get_output_embeddings()(hidden) if self.usual else hidden
 
     def forward(self, batch, temperature=1.0):
-        """(B, T) float32 each, 0 where the mask is; no entropy where gradients are recorded."""
-        ids, at = batch["ids"], batch["at"]
-        parts = []
+        """(logprobs, entropy), see above; while gradients are recorded the entropy is all 0."""
+        ids, at = batch["ids"], batch["at"]  # (B, T), (N,)
+        logprobs, entropies = [], []
         with autocast(ids.device):
             # What predicts token t stands one position to the left of it.
             hidden = self.hidden(ids).flatten(0, 1)[at - 1]  # (N, d)
@@ -240,32 +244,36 @@ class Policy(torch.nn.Module):
             for chunk in zip(hidden.split(1024), tokens.split(1024)):
                 inputs = (self.head, *chunk, temperature)
                 if torch.is_grad_enabled() and len(tokens) > 1024:  # one chunk has nothing to save
-                    parts.append(checkpoint(self.head_logprobs, *inputs, use_reentrant=False))
+                    outputs = checkpoint(self.head_logprobs, *inputs, use_reentrant=False)
                 else:
-                    parts.append(self.head_logprobs(*inputs))
-        zeros = torch.zeros(ids.numel(), device=ids.device)
-        return [zeros.index_put((at,), torch.cat(part)).view_as(ids) for part in zip(*parts)]
+                    outputs = self.head_logprobs(*inputs)
+                logprobs.append(outputs[0])  # (at most 1024,)
+                entropies.append(outputs[1])
+        zeros = torch.zeros(ids.numel(), device=ids.device)  # (B * T,)
+        logprobs = zeros.index_put((at,), torch.cat(logprobs))
+        entropy = zeros.index_put((at,), torch.cat(entropies))
+        return logprobs.view_as(ids), entropy.view_as(ids)  # (B, T), (B, T)
 
 def head_logprobs(head, hidden, tokens, temperature):
     """Hidden states (N, d) and the tokens after them (N,) -> log-probs and entropies, (N,) each."""
     log_p = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
-    logprobs = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+    logprobs = log_p.gather(-1, tokens[:, None]).squeeze(-1)  # (N,)
     if torch.is_grad_enabled():  # in training nobody asks for it, and it takes a tenth of the time
         return logprobs, torch.zeros_like(logprobs)
     return logprobs, -(log_p.exp() * log_p).sum(-1)
 
 class Scorer(torch.nn.Module):
-    """A reward or value model: Scorer(lm)(batch)[:, t], of (B, T), is the score head on the hidden
-    state of token t, less the mean that reward.py stored in the config.
+    """A reward or value model: Scorer(lm)(batch) -> scores (B, T). Entry t is the score head on the
+    hidden state of token t, which has read all up to t, less the mean that reward.py stored.
     """
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-        self.peft = None
-        self.mean = lm.config.to_dict().get("reward_mean", 0.0)
+        self.peft = None  # with LoRA the PeftModel around lm
+        self.mean = lm.config.to_dict().get("reward_mean", 0.0)  # 0: not by reward.py, or a value
         # An encoder does not read tokens: its one score is of the whole text.
-        at_the_last = lambda ids: lm.score(hidden_states(lm, ids))[0, -1]  # noqa: E731
+        at_the_last = lambda ids: lm.score(hidden_states(lm, ids))[0, -1]  # noqa: E731; (1,)
         self.reads_tokens = same_logits(lm, at_the_last) is not None
         if self.reads_tokens:
             lm.score.float()  # a score rounded to bfloat16 has three digits
@@ -274,35 +282,40 @@ class Scorer(torch.nn.Module):
         """(B, T) float32; past the end of a sequence it means nothing."""
         with autocast(batch["ids"].device):
             hidden = hidden_states(self.lm, batch["ids"])  # (B, T, d)
-        return self.lm.score(hidden.float()).squeeze(-1) - self.mean
+        scores = self.lm.score(hidden.float())  # (B, T, 1), in float32 as the head is
+        return scores.squeeze(-1) - self.mean
 
     def last(self, batch):
         """The score of each sequence, (B,): read at the last token of its response."""
-        last = batch["mask"].cumsum(1).argmax(1, keepdim=True)  # the first where the sum is whole
-        return self(batch).gather(1, last).squeeze(1)
+        so_far = batch["mask"].cumsum(1)  # (B, T): response tokens up to t
+        last = so_far.argmax(1, keepdim=True)  # (B, 1): the first position that has them all
+        return self(batch).gather(1, last).squeeze(1)  # (B,)
 
 def hidden_states(lm, ids, **kwargs):
     return lm.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
 
 @torch.no_grad()
 def same_logits(lm, ours, max_length=math.inf):
-    """The attention with which ours(ids) gives the model's own logits after a few tokens, left set:
-    "slots", which unlike transformers' own never waits for the device, or its own; None: neither.
+    """Whether ours(ids) gives the model's own logits after a few tokens: with slot_attention, which
+    unlike transformers' own never waits for the device, or else with the model's own attention.
+    Returns "slots", the name of its own, or None for neither, and leaves the last one tried set.
     """
     config = lm.config.get_text_config().to_dict()
-    # A classifier scores the last token that is not pad.
-    ids = [i for i in range(8) if i != config.get("pad_token_id")]
-    ids = torch.tensor([ids], device=lm.device)
-    logits = lm(input_ids=ids).logits.flatten(0, -2)[-1].float()
-    tolerance = (1e-4 if lm.dtype == torch.float32 else 0.05) * logits.abs().max()
+    ids = [i for i in range(8) if i != config.get("pad_token_id")]  # a classifier skips pads
+    ids = torch.tensor([ids], device=lm.device)  # (1, 7 or 8)
+    logits = lm(input_ids=ids).logits  # (1, 8, V); of a classifier (1, 1)
+    logits = logits.flatten(0, -2)[-1].float()  # (V,); or (1,)
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05  # of the largest logit
+    tolerance *= logits.abs().max()
     ways = ["slots", lm.config._attn_implementation]
     window = config.get("use_sliding_window", True) and config.get("sliding_window")
-    if window and window < min(max_length, context_length(lm)):
-        del ways[0]
+    if window and window < min(max_length, context_length(lm)):  # tokens
+        ways.remove("slots")  # which sees everything to the left
     for attention in ways:
         try:
             lm.set_attn_implementation(attention)
-            if (ours(ids).float() - logits).abs().max() <= tolerance:
+            gap = (ours(ids).float() - logits).abs().max()
+            if gap <= tolerance:
                 return attention
         except torch.OutOfMemoryError:
             raise
