@@ -271,7 +271,7 @@ class Scorer(torch.nn.Module):
         super().__init__()
         self.lm = lm
         self.peft = None  # with LoRA the PeftModel around lm
-        self.mean = lm.config.to_dict().get("reward_mean", 0.0)  # 0: not by reward.py, or a value
+        self.mean = lm.config.to_dict().get("reward_mean", 0.0)  # 0: from elsewhere
         # An encoder does not read tokens: its one score is of the whole text.
         at_the_last = lambda ids: lm.score(hidden_states(lm, ids))[0, -1]  # noqa: E731; (1,)
         self.reads_tokens = same_logits(lm, at_the_last) is not None
@@ -339,18 +339,22 @@ def load_model(kind, path, device, frozen, new_head=False):
         return load_adapter(kind, path, device, frozen, new_head)
     # No code of a model's folder ever runs. Of misfits transformers only warns.
     how = dict(trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
-    rewards = kind is transformers.AutoModelForSequenceClassification
-    if rewards:
-        how["num_labels"] = 1
+    scorer = kind is transformers.AutoModelForSequenceClassification
+    if scorer:
+        how["num_labels"] = 1  # one score, whatever the config says
     with reading(path):
         lm, found = kind.from_pretrained(path, dtype=weight_dtype(device, frozen), **how)
-    architecture = (lm.config.architectures or ["a model"])[0]
-    needed = "a reward model" if rewards and not new_head else "a causal language model"
+    architecture = (lm.config.architectures or ["a model"])[0]  # as saved
+    needed = "a reward model" if scorer and not new_head else "a causal language model"
     if ("ForSequenceClassification" in architecture) != (needed == "a reward model"):
         raise UserError(f"{path}: {architecture}, where {needed} is needed")
+    missing = set(found["missing_keys"])
+    if new_head:
+        missing.discard("score.weight")
+        lm.score.weight.data.zero_()  # (1, d)
     layers = lm.config.get_text_config().num_hidden_layers
     problems = {
-        "missing": set(found["missing_keys"]) - ({"score.weight"} if new_head else set()),
+        "missing": missing,
         "of another shape": [name for name, *_ in found["mismatched_keys"]],
         # A spare LM head is fine, a layer that the model lacks is not.
         "of a layer too many": [n for n in found["unexpected_keys"] if f".{layers}." in n],
@@ -359,14 +363,12 @@ def load_model(kind, path, device, frozen, new_head=False):
     for problem, names in problems.items():
         if names:
             raise UserError(f"{path}: {len(names)} weights {problem}, such as {min(names)}")
-    if new_head:
-        lm.score.weight.data.zero_()
     # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a
     # word, and with dropout on, the ratio of the first step would not be 1.
     for module in lm.modules():
         dropout = isinstance(module, torch.nn.Dropout)
         for name, value in vars(module).items():
-            if isinstance(value, float) and (dropout or "drop" in name):
+            if isinstance(value, float) and (dropout or "drop" in name):  # attention_dropout, say
                 setattr(module, name, 0.0)
     return lm.to(device).train()
 
@@ -382,7 +384,7 @@ def load_adapter(kind, path, device, frozen, new_head):
         # The score head of a reward model is the adapter's.
         lm = load_model(kind, adapter.base_model_name_or_path, device, frozen, new_head=scorer)
         adapter.task_type = None  # or peft would look for what only a causal model has
-        warnings.filterwarnings("error", "Found missing adapter keys")
+        warnings.filterwarnings("error", "Found missing adapter keys")  # so that reading tells it
         lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
     return lm.requires_grad_(True).train()  # as it was before peft
 
@@ -397,11 +399,13 @@ def load_tokenizer(path, lm=None):
     return tokenizer
 
 def save_model(module, folder):
-    """A folder for plain transformers, adapters merged, which spoils `module`. All must call it."""
-    if module.peft:  # merging needs whole weights
+    """Write a folder that plain transformers loads. Merging adapters spoils `module`, and every
+    process must call it.
+    """
+    if module.peft:
         for part in module.modules():
             if isinstance(part, FSDPModule):
-                part.unshard()
+                part.unshard()  # merging needs whole weights
         cast(module.lm, torch.float32)  # in bfloat16 a small update would be lost
         module.lm = module.peft.merge_and_unload()
         weights = dict(module.lm.named_parameters())
@@ -416,7 +420,9 @@ def cast(lm, dtype):
         parameter.data = parameter.data.to(dtype)
 
 def weight_dtype(device, frozen):
-    return torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+    if frozen and device.type == "cuda":
+        return torch.bfloat16  # half the memory
+    return torch.float32  # an update of 1e-6 would be lost in bfloat16
 
 def autocast(device):
     """bfloat16 arithmetic over float32 weights on a GPU; plain float32 on the CPU."""
@@ -425,9 +431,9 @@ def autocast(device):
 def context_length(lm):
     """The longest sequence that the model is made for; infinity where its config names none."""
     config = lm.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or math.inf  # or GPT-2's name for it
+    limit = getattr(config, "max_position_embeddings", None) or math.inf  # GPT-2's n_positions too
     rope = config.to_dict().get("rope_parameters") or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # from there on the angles change
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # past this length the angles change
         return rope.get("original_max_position_embeddings") or limit
     return limit
 
@@ -441,25 +447,25 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, slot
     assert not kwargs.get("softcap") and kwargs.get("s_aux") is None, "capped scores, or sinks"
     if attention_mask is not None or key.shape[2] != query.shape[2]:
         raise ValueError("slot_attention takes no padding and no cache: sample by common.generate")
-    B, H, Q, D = query.shape
+    B, H, Q, D = query.shape  # in a decode step B = S and Q = 1
     G = key.shape[1]
     if slots is not None:
         if not hasattr(module, "slot_kv"):
             shape = slots.size, G, slots.max_length
             module.slot_kv = [x.new_zeros(*shape, x.shape[-1]) for x in (key, value)]
-        keys, values = module.slot_kv
-        rows, positions = slots.into
-        keys[rows, :, positions] = key.transpose(1, 2)
+        keys, values = module.slot_kv  # (S, G, max_length, D) each
+        rows, positions = slots.into  # of the slots, and in them: they broadcast to (B, Q)
+        keys[rows, :, positions] = key.transpose(1, 2)  # (B, Q, G, D)
         values[rows, :, positions] = value.transpose(1, 2)
     if slots is None or slots.visible is None:  # whole sequences: in training, and prompts
         how = dict(is_causal=True, scale=scaling, enable_gqa=G != H)
         return F.scaled_dot_product_attention(query, key, value, **how).transpose(1, 2), None
     # One token a slot. Heads that share keys stand on the query-length axis: K is not repeated.
-    kv = slots.visible.shape[-1]
-    query = query.view(B, G, H // G, D)
+    kv = slots.visible.shape[-1]  # cached positions that are read
+    query = query.view(B, G, H // G, D)  # from (B, H, 1, D)
     how = dict(attn_mask=slots.visible, scale=scaling)
     out = F.scaled_dot_product_attention(query, keys[:, :, :kv], values[:, :, :kv], **how)
-    return out.reshape(B, 1, H, -1), None
+    return out.reshape(B, 1, H, -1), None  # None: no attention weights
 
 transformers.AttentionInterface.register("slots", slot_attention)
 
@@ -467,19 +473,19 @@ def draw(logits, noise, temperature):
     """Tokens (n,) drawn from softmax(logits / temperature), (n, V), and their log-probs (n,); at
     temperature 0 the likeliest. `noise` (n, V) is uniform in [0, 1).
     """
-    scaled = logits.float() / (temperature or 1.0)
+    scaled = logits.float() / (temperature or 1.0)  # at temperature 0 log-probs are those of 1
     # argmax(logits + Gumbel noise) is a draw from softmax(logits); -log(-log(uniform)) is Gumbel.
-    gumbel = 0 if temperature == 0 else -(-noise.log()).log()
-    tokens = (scaled + gumbel).argmax(-1)
+    gumbel = 0 if temperature == 0 else -(-noise.log()).log()  # (n, V)
+    tokens = (scaled + gumbel).argmax(-1)  # (n,)
     return tokens, token_logprobs(scaled, tokens)
 
 class Sampler:
     """Draws responses from a policy: `responses, logprobs = sampler(prompts, generator)`.
 
-    S slots hold S sequences at different lengths. Each attention module keeps K/V buffers, a row
-    writes its new key at its own length, and the slot of a response that has ended takes the next
-    prompt. Nothing is padded on the left. Whatever a decode step reads and writes stays in place,
-    so on CUDA the step is a graph, and replaying it is one launch.
+    S slots hold S sequences of different lengths. Each attention module keeps K/V buffers for them;
+    a decode step writes each sequence's new key and value at that sequence's length, so nothing is
+    padded on the left. When a response ends, its slot takes the next prompt. The tensors that a
+    step reads and writes are never replaced, so on CUDA it is recorded as a graph: one launch.
     """
 
     def __init__(self, policy, eos_ids, max_new_tokens, max_length, temperature=1.0, slots=256):
@@ -492,17 +498,17 @@ class Sampler:
         self.temperature = temperature  # 0 is greedy
         self.size = slots
         with self.device:
-            self.rows = torch.arange(slots)
+            self.rows = torch.arange(slots)  # (S,)
             # One column more than tokens: a row that is done goes on writing there.
             self.ids = torch.zeros(slots, max_length + 1, dtype=torch.long)
-            self.logprobs = torch.zeros(slots, max_length + 1)
+            self.logprobs = torch.zeros(slots, max_length + 1)  # 0 or old numbers at prompts
             # Tokens in the cache. The newest one, ids[length], has not been read yet.
-            self.length = torch.zeros(slots, dtype=torch.long)
+            self.length = torch.zeros(slots, dtype=torch.long)  # (S,)
             self.end = torch.zeros(slots, dtype=torch.long)  # where the longest response ends
-            self.done = torch.ones(slots, dtype=torch.bool)
+            self.done = torch.ones(slots, dtype=torch.bool)  # (S,), of a free slot, too
             self.eos = torch.tensor(self.eos_ids)
-            # Uniform numbers, drawn afresh for each step: (S, V)
-            self.noise = torch.empty(slots, self.lm.get_output_embeddings().out_features)
+            V = self.lm.get_output_embeddings().out_features
+            self.noise = torch.empty(slots, V)  # uniform numbers, drawn afresh for each step
         self.graphs = {}  # kv: the decode step over that many cached positions
         self.use_graphs = self.device.type == "cuda"
         # One memory pool for all of them, as no two run at once.
@@ -510,8 +516,9 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, prompts, generator=None):
-        """One response to each prompt: two lists in the order of the prompts, of token ids, EOS
-        kept where it was sampled, and of their log-probs under softmax(logits / temperature).
+        """One response to each prompt, lists of token ids. Returns (responses, logprobs), lists in
+        the order of the prompts: token ids, EOS kept where it was sampled, and the log-prob of each
+        under softmax(logits / temperature).
         """
         # With graphs the host looks at the device once in `burst` steps, and one graph serves a
         # whole bucket of lengths.
@@ -526,42 +533,45 @@ class Sampler:
             free = [slot for slot in range(self.size) if slot not in answering]
             # A prefill costs as much as a decode step or more: it waits for an eighth of the slots.
             if begun < n and len(free) >= max(1, self.size // 8):
-                numbers = range(begun, min(n, begun + len(free), begun + together))
-                begun = numbers.stop
-                answering.update(zip(free, numbers))
-                self.prefill(free[: len(numbers)], [prompts[i] for i in numbers], generator)
+                first, begun = begun, min(n, begun + len(free), begun + together)
+                answering.update(zip(free, range(first, begun)))
+                self.prefill(free[: begun - first], prompts[first:begun], generator)
                 continue
-            kv = -(-(int(self.length.max()) + burst) // bucket) * bucket
+            longest = int(self.length.max()) + burst  # tokens in the cache when the burst is over
+            kv = min(math.ceil(longest / bucket) * bucket, self.max_length)
             for _ in range(burst):
-                self.step(min(kv, self.max_length), generator)
+                self.step(kv, generator)
             for slot in self.done.nonzero().flatten().tolist():
-                if slot in answering:
+                if slot in answering:  # or it has been free for some time
                     i = answering.pop(slot)
-                    part = slice(len(prompts[i]), self.length[slot] + 1)
-                    responses[i] = self.ids[slot, part].tolist()
-                    logprobs[i] = self.logprobs[slot, part].tolist()
+                    response = slice(len(prompts[i]), self.length[slot] + 1)  # columns of ids
+                    responses[i] = self.ids[slot, response].tolist()
+                    logprobs[i] = self.logprobs[slot, response].tolist()
         return responses, logprobs
 
     def sample(self, prompts, *key):
-        """The same by all processes: each answers a share, with a seed of its own, and gets all."""
+        """__call__ by several processes: each answers a share of the prompts and gets all answers.
+        `key`, such as (seed, step, purpose), and the rank are its seed.
+        """
         generator = make_generator(self.device, *key, rank())
-        return [gather(part) for part in self(prompts[rank() :: world_size()], generator)]
+        responses, logprobs = self(prompts[rank() :: world_size()], generator)
+        return gather(responses), gather(logprobs)
 
     def prefill(self, slots, prompts, generator):
         """Run n prompts into n free slots and draw the first token of each response."""
-        rows = torch.tensor(slots, device=self.device)
+        rows = torch.tensor(slots, device=self.device)  # (n,)
         ids = pad_right(prompts).to(self.device)
-        n, P = ids.shape
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        n, P = ids.shape  # P: the longest of these prompts
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)  # (n,)
         self.ids[rows, :P] = ids
         self.length[rows] = lengths
         self.end[rows] = lengths + self.max_new_tokens - 1
         self.done[rows] = False
         # For slot_attention: where the K/V go, slots (n, 1) and positions; nothing is read there.
         self.into, self.visible = (rows[:, None], torch.arange(P, device=self.device)), None
-        noise = self.noise[:n].uniform_(generator=generator)
+        noise = self.noise[:n].uniform_(generator=generator)  # (n, V)
         with torch.compiler.set_stance("force_eager"):  # or every number of prompts would compile
-            hidden = self.policy.hidden(ids, slots=self)[self.rows[:n], lengths - 1]
+            hidden = self.policy.hidden(ids, slots=self)[self.rows[:n], lengths - 1]  # (n, d)
             self.append(rows, self.policy.head(hidden), noise)
 
     def step(self, kv, generator):
@@ -593,22 +603,22 @@ class Sampler:
         self.into = self.rows[:, None], at
         self.visible = (torch.arange(kv, device=self.device) <= at)[:, None, None]  # (S, 1, 1, kv)
         token = self.ids.gather(1, at)  # (S, 1)
-        hidden = self.policy.hidden(token, position_ids=at, slots=self)[:, 0]
+        hidden = self.policy.hidden(token, position_ids=at, slots=self)[:, 0]  # (S, d)
         return self.policy.head(hidden)
 
     def append(self, rows, logits, noise):
         """Draw a token from logits (n, V) for each of `rows` (n,) that is not done yet."""
-        tokens, logprobs = self.policy.draw(logits, noise, self.temperature)
+        tokens, logprobs = self.policy.draw(logits, noise, self.temperature)  # (n,), (n,)
         at = self.length[rows] + self.done[rows]  # of a row that is done, one past its answer
         self.ids[rows, at] = tokens
         self.logprobs[rows, at] = logprobs
-        ended = (tokens[:, None] == self.eos).any(-1)
+        ended = (tokens[:, None] == self.eos).any(-1)  # (n,)
         self.done[rows] |= ended | (self.length[rows] == self.end[rows])
 
     @torch.no_grad()
     def sync(self, policy):
         """pi_old <- pi, in place, as the graphs read these very tensors."""
-        if policy.lm is not self.lm:
+        if policy.lm is not self.lm:  # which samples by the trained weights themselves
             for old, new in zip(self.lm.parameters(), policy.lm.parameters()):
                 old.copy_(new.full_tensor() if isinstance(new, DTensor) else new)
 
@@ -619,11 +629,11 @@ class Sampler:
 
 def free_slots(lm):
     for module in lm.modules():
-        vars(module).pop("slot_kv", None)
+        vars(module).pop("slot_kv", None)  # slot_attention's
 
 def sampling_copy(policy, cfg):
-    """The policy that samples: itself where that is fast, else a whole copy for `Sampler.sync` to
-    keep up to date. To be called before the policy is sharded.
+    """The policy that samples: itself where that is fast, else a whole copy, in bfloat16 on a GPU,
+    which `Sampler.sync` keeps up to date. To be called before the policy is sharded.
     """
     dtype = weight_dtype(policy.lm.device, frozen=True)
     if world_size() == 1 and policy.lm.dtype == dtype:
@@ -636,14 +646,15 @@ def generate(lm, prompts, max_new_tokens, eos_id, temperature=1.0, generator=Non
     """Sample a response to each prompt from any Hugging Face causal LM, which is left as it was.
 
     prompts: lists of token ids, of any lengths. eos_id: an int or several. temperature 0 is greedy.
-    `slots` sequences run at once. Returns lists of token ids in the order of the prompts, EOS kept
-    where it was sampled. Raises ValueError for an empty prompt.
+    generator: a torch.Generator on the model's device; None: the global one. `slots` sequences run
+    at once. Returns lists of token ids in the order of the prompts, EOS kept where it was sampled.
+    Raises ValueError for an empty prompt.
     """
     if not all(map(len, prompts)):
         raise ValueError("generate: an empty prompt has no token to continue from")
     eos_ids = [eos_id] if isinstance(eos_id, int) else eos_id
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    training, attention = lm.training, lm.config._attn_implementation
+    longest = max(map(len, prompts), default=0) + max_new_tokens  # tokens of prompt and response
+    training, attention = lm.training, lm.config._attn_implementation  # to be put back
     slots = min(slots, len(prompts))
     try:
         policy = Policy(lm.eval(), longest)
