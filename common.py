@@ -212,14 +212,12 @@ class Policy(torch.nn.Module):
             print(f"{type(lm).__name__}: unusual logits or attention, it will run more slowly")
 
     def sample_one(self, ids):
-        """The logits (V,) after `ids` (1, T), by a Sampler: all but the last token are a prompt,
-        and a decode step reads the last one.
-        """
+        """The logits (V,) after `ids` (1, T) by a Sampler: of a decode step, after a prefill."""
         ids = ids[0].tolist()
         sampler = Sampler(self, [], max_new_tokens=2, max_length=len(ids), slots=2)
-        ragged = [ids[:-1], ids[:4]]  # a second, shorter prompt: lengths must not mix
+        ragged = [ids[:-1], ids[:4]]  # all but the last token, and a prompt of another length
         sampler.prefill([0, 1], ragged, torch.Generator(sampler.device))
-        sampler.ids[0, -2] = ids[-1]  # in place of the token that was drawn
+        sampler.ids[0, -2] = ids[-1]  # for the step, in place of the token that was drawn
         logits = sampler.logits(len(ids))[0]
         sampler.close()
         return logits
@@ -399,9 +397,7 @@ def load_tokenizer(path, lm=None):
     return tokenizer
 
 def save_model(module, folder):
-    """Write a folder that plain transformers loads. Merging adapters spoils `module`, and every
-    process must call it.
-    """
+    """Write a folder for plain transformers. Spoils a module with adapters. All processes call it."""
     if module.peft:
         for part in module.modules():
             if isinstance(part, FSDPModule):
@@ -420,9 +416,7 @@ def cast(lm, dtype):
         parameter.data = parameter.data.to(dtype)
 
 def weight_dtype(device, frozen):
-    if frozen and device.type == "cuda":
-        return torch.bfloat16  # half the memory
-    return torch.float32  # an update of 1e-6 would be lost in bfloat16
+    return torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
 
 def autocast(device):
     """bfloat16 arithmetic over float32 weights on a GPU; plain float32 on the CPU."""
@@ -516,9 +510,8 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, prompts, generator=None):
-        """One response to each prompt, lists of token ids. Returns (responses, logprobs), lists in
-        the order of the prompts: token ids, EOS kept where it was sampled, and the log-prob of each
-        under softmax(logits / temperature).
+        """(responses, logprobs): for each prompt, a list of ids, the ids of one response, EOS kept
+        where it was sampled, and their log-probs under softmax(logits / temperature).
         """
         # With graphs the host looks at the device once in `burst` steps, and one graph serves a
         # whole bucket of lengths.
@@ -550,9 +543,7 @@ class Sampler:
         return responses, logprobs
 
     def sample(self, prompts, *key):
-        """__call__ by several processes: each answers a share of the prompts and gets all answers.
-        `key`, such as (seed, step, purpose), and the rank are its seed.
-        """
+        """__call__ by all processes: each answers a share, seeded by `key` and its rank, gets all."""
         generator = make_generator(self.device, *key, rank())
         responses, logprobs = self(prompts[rank() :: world_size()], generator)
         return gather(responses), gather(logprobs)
@@ -618,7 +609,7 @@ class Sampler:
     @torch.no_grad()
     def sync(self, policy):
         """pi_old <- pi, in place, as the graphs read these very tensors."""
-        if policy.lm is not self.lm:  # which samples by the trained weights themselves
+        if policy.lm is not self.lm:  # or this samples by the very weights that are trained
             for old, new in zip(self.lm.parameters(), policy.lm.parameters()):
                 old.copy_(new.full_tensor() if isinstance(new, DTensor) else new)
 
@@ -688,11 +679,12 @@ def gather(rows):
     P = world_size()
     parts = [None] * P
     dist.all_gather_object(parts, rows)
-    return [parts[i % P][i // P] for i in range(sum(map(len, parts)))]
+    n = sum(map(len, parts))
+    return [parts[i % P][i // P] for i in range(n)]
 
 def add_lora(module, cfg):
-    """With --lora_rank freeze a model and give its linear layers adapters (Hu et al. 2021; PEFT's),
-    which change nothing until they are trained; a score head is trained whole.
+    """With --lora_rank: freeze the model and give every linear layer an adapter (Hu et al. 2021, by
+    PEFT), which changes nothing until it is trained; a score head is trained whole.
     """
     if not cfg.lora_rank:
         return
@@ -702,33 +694,32 @@ def add_lora(module, cfg):
     if isinstance(module, Scorer):
         settings |= dict(task_type="SEQ_CLS", modules_to_save=["score"])
     with torch.random.fork_rng(), reading("--lora_rank"):
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed)  # peft draws from the global generator
         wrapped = peft.get_peft_model(module.lm, peft.LoraConfig(**settings))
     module.lm = wrapped.get_base_model()
-    # Not by torch's setattr, which would register lm twice.
-    object.__setattr__(module, "peft", wrapped)
+    object.__setattr__(module, "peft", wrapped)  # torch's setattr would register lm twice
 
 def without_adapter(module):
     """A context with the LoRA adapter, if any, switched off."""
     return module.peft.disable_adapter() if module.peft else nullcontext()
 
 def prepare(module, cfg, shard=True):
-    """Compile the layers one by one, as they share their code (`auto`: of large models on CUDA),
-    and of several processes let each keep a part of the model. Returns it.
+    """Compile the layers (`auto`: of large models on CUDA) and shard the model over the processes,
+    where there are several. Returns it.
     """
     device = module.lm.device
     size = sum(p.numel() for p in module.parameters())
     lists = [part for part in module.lm.modules() if isinstance(part, torch.nn.ModuleList)]
-    layers = max(lists, key=len, default=[])
+    layers = max(lists, key=len, default=[])  # the transformer layers are the longest list
     if device.type == "cpu" and size < 5e6 and "OMP_NUM_THREADS" not in os.environ:
         # A second thread gains a third, and loses a factor of ten where others use the cores.
         torch.set_num_threads(1)
-    if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and size > 50e6):
-        # torch counts by the layer's code, which all models of a family share. What cannot be
-        # compiled runs eagerly, after a warning.
+    large = device.type == "cuda" and size > 50e6
+    if cfg.compile == "on" or (cfg.compile == "auto" and large):
+        # torch counts by the layer's code, which all models of a family share.
         torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.suppress_errors = True
-        for layer in layers:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
+        for layer in layers:  # one by one: the first one's code serves all
             layer.compile(dynamic=True)
         module.head_logprobs = torch.compile(head_logprobs, dynamic=True)
         module.draw = torch.compile(draw, dynamic=False)
@@ -738,8 +729,7 @@ def prepare(module, cfg, shard=True):
             # Sharded again after each forward, or an adapter that was switched off and on in
             # between would not be trained from then on.
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            # Losses are shares of a whole: their gradients add up, they are not averaged.
-            part.set_gradient_divide_factor(1.0)
+            part.set_gradient_divide_factor(1.0)  # losses are shares of a whole: no average
             part.set_force_sum_reduction_for_comms(True)
     return module
 
@@ -747,17 +737,20 @@ def make_optimizer(module, cfg, lr):
     """Prepare a model for training; returns AdamW over what is trained of it."""
     if cfg.gradient_checkpointing:
         module.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    trained = [p for p in prepare(module, cfg).parameters() if p.requires_grad]
+    prepare(module, cfg)
+    trained = [p for p in module.parameters() if p.requires_grad]  # with LoRA the adapters
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 def read_stats(totals, **grad_norm):
     """Scalars, summed over the processes, and the norm of a gradient, as floats: the one time in an
     optimiser step that the host waits for the device. UserError where one is not finite.
     """
-    [norm] = grad_norm.values()
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    numbers = [*all_sum(torch.stack(list(totals.values()))), norm.detach()]
-    stats = dict(zip([*totals, *grad_norm], torch.stack(numbers).tolist()))
+    [norm] = grad_norm.values()  # its name is the keyword: grad_norm or vf_grad_norm
+    if isinstance(norm, DTensor):  # already of all processes
+        norm = norm.full_tensor()
+    sums = all_sum(torch.stack(list(totals.values())))
+    numbers = torch.stack([*sums, norm.detach()])
+    stats = dict(zip([*totals, *grad_norm], numbers.tolist()))
     check_finite(stats, "the weights were not touched: try a lower rate or a longer --warmup")
     return stats
 
@@ -768,10 +761,10 @@ def check_finite(numbers, then):
 
 def set_lr(optimizer, lr, step, steps, cfg):
     """Set and return the rate of `step` (from 1): linear warm-up, then constant or linear decay."""
-    warmup = min(cfg.warmup, steps // 2)  # a short run would never reach its rate
+    warmup = min(cfg.warmup, steps // 2)  # steps; a short run would never reach its rate
     lr = lr * min(1.0, step / max(1, warmup))
     if cfg.lr_schedule == "linear" and step > warmup:
-        lr = lr * (steps - step + 1) / (steps - warmup + 1)
+        lr = lr * (steps - step + 1) / (steps - warmup + 1)  # it would be 0 at steps + 1
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -783,19 +776,22 @@ def total_steps(cfg, n):
 
 def make_generator(device, *key):
     """A generator seeded by (seed, step, purpose), so that a resumed run draws the same numbers."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+    seed = random.Random(repr(key)).getrandbits(63)  # hash() would differ between processes
+    return torch.Generator(device).manual_seed(seed)
 
 def seed_global(*key):
     """The same for code that draws from the global generators: a --reward_fn, say."""
-    transformers.set_seed(make_generator("cpu", *key, rank()).initial_seed() % 2**32)
+    seed = make_generator("cpu", *key, rank()).initial_seed()
+    transformers.set_seed(seed % 2**32)  # NumPy takes no more
 
 def epoch_batch(n, size, step, seed):
     """The rows of batch `step` (from 1) in an endless series of shuffled epochs of n rows."""
     rows = []
     first = (step - 1) * size
-    while len(rows) < size:
+    while len(rows) < size:  # a batch may reach into the next epoch
         epoch, at = divmod(first + len(rows), n)
-        order = torch.randperm(n, generator=make_generator("cpu", seed, "epoch", epoch)).tolist()
+        generator = make_generator("cpu", seed, "epoch", epoch)
+        order = torch.randperm(n, generator=generator).tolist()
         rows += order[at : at + size - len(rows)]
     return rows
 
@@ -804,7 +800,7 @@ def epoch_batch(n, size, step, seed):
 # is text, or chat messages, which go to the chat template with all they hold and the row's `tools`.
 
 class Unlearnable(ValueError):
-    """Of a line that is left out and counted: nothing can be learned from it."""
+    """Raised for a line from which nothing can be learned: it is left out and counted."""
 
 def read_jsonl(path):
     """The rows of a .jsonl(.gz) file. Raises UserError."""
@@ -823,26 +819,26 @@ def read_jsonl(path):
 def read_row(line):
     """The keys of a line that are not null: texts and messages `plain`, tools as a list."""
     texts = "prompt messages completion response responses chosen rejected".split()
-    row = json.loads(line.decode("utf-8-sig"))
+    row = json.loads(line.decode("utf-8-sig"))  # Windows writes a byte order mark
     json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     row = {key: value for key, value in row.items() if value is not None}
     for key in row.keys() & texts:
         with reading(f'"{key}" is not text, nor chat messages', error=ValueError):
             row[key] = plain(row[key])
-    if isinstance(row.get("tools"), str):
+    if isinstance(row.get("tools"), str):  # Parquet cannot hold schemas that differ
         row["tools"] = json.loads(row["tools"])
     return row
 
 def plain(value):
-    """Text, messages or a list of both; content that is null or a list of parts becomes text."""
+    """Text, a message or a list of them; content that is null or a list of parts becomes text."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
         return [plain(part) for part in value]
     content = value.get("content") if "tool_calls" in value else value["content"]
     if isinstance(content, list):
-        content = [part["text"] for part in content]
-    content = "".join(content or "")
+        content = [part["text"] for part in content]  # an image has none: KeyError
+    content = "".join(content or "")  # null is ""
     return value | dict(role=value["role"], content=content)
 
 def is_embedded(path):
@@ -856,7 +852,7 @@ def read_split(path, eval_path, embedded_eval):
         return rows, read_jsonl(eval_path or EMBEDDED / embedded_eval)
     if len(rows) == 1:
         raise UserError(f"{path}: one line cannot be training and held-out data; name --eval_data")
-    held_out = min(200, max(1, len(rows) // 20))
+    held_out = min(200, max(1, len(rows) // 20))  # lines
     print(f"no --eval_data: the last {held_out} of {len(rows)} lines of {path} are held out")
     return rows[:-held_out], rows[-held_out:]
 
@@ -864,7 +860,7 @@ def read_all(rows, read, what):
     """read(row) of all rows but those that are Unlearnable; UserError if there is no other."""
     items, left_out = [], []
     for row in rows:
-        with reading(row["where"]):
+        with reading(row["where"]):  # any other error ends the run, in one line
             try:
                 items.append(read(row))
             except Unlearnable as why:
@@ -885,18 +881,19 @@ def prompt_and_responses(row):
         responses = [chosen, row["rejected"]]
     if "messages" in row and (prompt is None or not responses):
         prompt = row["messages"]
-        while prompt and prompt[-1]["role"] == "assistant":
+        while prompt and prompt[-1]["role"] == "assistant":  # up to what is to be answered
             prompt = prompt[:-1]
     # Pairs may be whole dialogues, without a prompt (HH-RLHF) or with it once more (UltraFeedback).
     dialogue = isinstance(chosen, list) and chosen and chosen[0]["role"] != "assistant"
     if "chosen" in row and (prompt is None or dialogue):
-        n = len(chosen) - 1  # messages: all but the last
-        if isinstance(chosen, str):  # up to where the assistant speaks
+        n = len(chosen) - 1  # of the prompt, messages: all but the last
+        if isinstance(chosen, str):  # or characters: up to where the assistant speaks
             before, turn, _ = os.path.commonprefix(responses).rpartition("\n\nAssistant:")
             n = len(before + turn)
         elif chosen[:n] != row["rejected"][:n]:
             raise Unlearnable('"chosen" and "rejected" answer different prompts')
-        prompt, responses = chosen[:n] or None, [response[n:] for response in responses]
+        prompt = chosen[:n] or None
+        responses = [response[n:] for response in responses]
     if prompt is None:
         raise ValueError('no "prompt" (is "conversations" to be "messages", of role and content?)')
     return prompt, responses
@@ -914,26 +911,29 @@ def render(tokenizer, prompt, row, turn=None):
         text = begun["content"] + answer["content"]
         answer = begun | answer | dict(content=text)
     elif prompt and turn is None:
-        answer = None
+        answer = None  # the template itself begins an answer
     messages = [*prompt, answer] if answer else prompt
     how = dict(tools=row.get("tools") or None, add_generation_prompt=not answer)
     with reading("the chat template", error=Unlearnable):  # it may not know a role, say
         text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    return text.partition(ANY["content"])[0]
+    return text.partition(ANY["content"])[0]  # up to ANY; the whole text where it is not
 
 def encode_prompt(tokenizer, prompt, row={}):
     """Token ids: text with its special tokens (no EOS), messages through the chat template."""
     if isinstance(prompt, list):
         return tokenizer.encode(render(tokenizer, prompt, row), add_special_tokens=False)
     ids = tokenizer.encode(prompt)
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some add it
         ids = ids[:-1]
     return ids
 
 def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
-    """Prompt and response, its text or what the chat template adds to the messages, as an example;
-    tokenised apart, as generation sees them. A response goes up to the token at which generation
-    ends: EOS, which is added, or before it one of the ids `ends`.
+    """Prompt and response, each text or messages, as an example: dict(ids, mask), lists of T.
+
+    They are tokenised apart, as generation sees them. A response in messages is the text that the
+    chat template adds to the prompt. It ends with the token at which generation would: EOS, which
+    is added, or before it one of the ids `ends`. Raises Unlearnable for an empty response, for more
+    than `max_tokens` and where the template fails; ValueError for a tool call after a text.
     """
     turn = dict(role="assistant", content=response)
     if isinstance(response, list):
@@ -943,10 +943,10 @@ def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     if isinstance(prompt, list):
         before = render(tokenizer, prompt, row)
         whole = render(tokenizer, prompt, row, turn)
-        if not whole.startswith(before):  # the template rewrites it: what all answers share
-            other = render(tokenizer, prompt, row, ANY)
+        if not whole.startswith(before):  # the template rewrites the prompt once it is answered:
+            other = render(tokenizer, prompt, row, ANY)  # then it is what all answers share
             before = os.path.commonprefix([whole, other])
-        prompt_ids = tokenizer.encode(before, add_special_tokens=False)
+        prompt_ids = tokenizer.encode(before, add_special_tokens=False)  # the template has them
         text = whole[len(before) :]
     elif turn.get("tool_calls"):
         raise ValueError("a tool call needs a prompt in messages")
@@ -958,7 +958,7 @@ def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
         ids = ids + [eos]
     for n, token in enumerate(ids, 1):
         if token in ends or token == eos:
-            ids = ids[:n]
+            ids = ids[:n]  # what a template writes after it is never sampled
             break
     example = join(prompt_ids, ids)
     example["mask"][:1] = [0]  # a first token has no log-prob
@@ -975,25 +975,29 @@ def load_demonstrations(rows, tokenizer, ends, max_tokens):
 
     def split(row):
         prompt, responses = prompt_and_responses(row)
-        pairs = [(prompt, response) for response in responses[:1] if "responses" not in row]
-        said = [] if pairs else row.get("messages", [])
-        for i, message in enumerate(said):
+        messages = row.get("messages", [])
+        turns = []
+        if responses and "responses" not in row:  # the completion, or the chosen of a pair
+            turns.append(row | dict(prompt=prompt, completion=responses[0]))
+            messages = []
+        for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                pairs.append((said[:i], [message]))
-        if not pairs:
+                turns.append(row | dict(prompt=messages[:i], completion=[message]))
+        if not turns:
             raise ValueError("no completion and no assistant message to learn from")
-        return [row | dict(prompt=prompt, completion=answer) for prompt, answer in pairs]
+        return turns
 
     def read(row):
         return encode(tokenizer, row["prompt"], row["completion"], row, ends, max_tokens)
 
-    turns = [turn for turns in read_all(rows, split, "dialogues") for turn in turns]
+    dialogues = read_all(rows, split, "dialogues")
+    turns = [turn for turns in dialogues for turn in turns]
     return read_all(turns, read, "demonstrations")
 
 def load_prompts(rows, tokenizer, cfg, *models):
     """Rows of any form with their `prompt` and its `ids`, which leave all models room to answer."""
-    room = min(context_length(model.lm) for model in models) - cfg.max_new_tokens
-    longest = min(cfg.max_prompt_tokens, room)
+    context = min(context_length(model.lm) for model in models)  # tokens
+    longest = min(cfg.max_prompt_tokens, context - cfg.max_new_tokens)
 
     def read(row):
         prompt, _ = prompt_and_responses(row)
@@ -1010,15 +1014,16 @@ def stop_ids(lm, tokenizer):
     if not lm.can_generate():
         with suppress(OSError):  # the causal LM's, of whose folder a new reward model is made
             config = transformers.GenerationConfig.from_pretrained(lm.name_or_path)
-    ids = config.eos_token_id
+    ids = config.eos_token_id  # an int, a list or None
     ids = ids if isinstance(ids, list) else [ids]
     ids = {tokenizer.eos_token_id, *ids} - {None}
     with suppress(Unlearnable):  # only messages need the template, and they will say so
-        question, answer = [dict(role=role, content="a") for role in ("user", "assistant")]
-        text = render(tokenizer, [question], {}, answer).strip()
+        question = dict(role="user", content="a")
+        answer = dict(role="assistant", content="a")
+        text = render(tokenizer, [question], {}, answer).strip()  # it may end with a newline
         last = tokenizer.encode(text, add_special_tokens=False)[-1:]
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids |= special.intersection(last)
+        added = tokenizer.added_tokens_decoder
+        ids.update(i for i in last if i in added and added[i].special)  # <|im_end|>, say
     return sorted(ids)
 
 # ----------------------------------------------------------------------------- scores and answers
