@@ -43,8 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# On an H100 torch would choose cuDNN's attention, which builds a plan, up to a second, for each new
-# batch size and length; flash attention needs none.
+# On an H100 torch would choose cuDNN's attention: up to a second for each new batch size or length.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 EMBEDDED = Path(__file__).resolve().parent / "data"  # the small HHH world, for lack of other data
@@ -141,8 +140,7 @@ def take(batch, rows, device):
     used = batch["mask"][rows].any(0)  # (T,): with the last of these the longest response ends,
     T = int(used.nonzero().max()) + 1  # and no sequence goes on after its response
     part = {key: x[rows, :T] for key, x in batch.items() if key != "at"}
-    # Found on the host, so that nothing has to wait for the device to learn how many they are.
-    part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,)
+    part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,), found before it is on a GPU
     return {key: x.to(device, non_blocking=True) for key, x in part.items()}
 
 def micro_batches(rows, lengths, max_tokens):
@@ -236,8 +234,7 @@ class Policy(torch.nn.Module):
         ids, at = batch["ids"], batch["at"]  # (B, T), (N,)
         logprobs, entropies = [], []
         with autocast(ids.device):
-            # What predicts token t stands one position to the left of it.
-            hidden = self.hidden(ids).flatten(0, 1)[at - 1]  # (N, d)
+            hidden = self.hidden(ids).flatten(0, 1)[at - 1]  # (N, d): t - 1 predicts token t
             tokens = ids.flatten()[at]  # (N,)
             for chunk in zip(hidden.split(1024), tokens.split(1024)):
                 inputs = (self.head, *chunk, temperature)
@@ -270,9 +267,8 @@ class Scorer(torch.nn.Module):
         self.lm = lm
         self.peft = None  # with LoRA the PeftModel around lm
         self.mean = lm.config.to_dict().get("reward_mean", 0.0)  # 0: from elsewhere
-        # An encoder does not read tokens: its one score is of the whole text.
-        at_the_last = lambda ids: lm.score(hidden_states(lm, ids))[0, -1]  # noqa: E731; (1,)
-        self.reads_tokens = same_logits(lm, at_the_last) is not None
+        at_the_last = lambda ids: lm.score(hidden_states(lm, ids))[0, -1]  # noqa: E731
+        self.reads_tokens = same_logits(lm, at_the_last) is not None  # no: an encoder of a text
         if self.reads_tokens:
             lm.score.float()  # a score rounded to bfloat16 has three digits
 
@@ -320,8 +316,6 @@ def same_logits(lm, ours, max_length=math.inf):
         except Exception:  # whatever a model raises that cannot do what ours asks for
             pass
 
-# Where a model is `frozen`, whole or under adapters, its weights are bfloat16 on a GPU.
-
 def load_policy(path, device, max_length=math.inf, frozen=False):
     """A causal LM as a Policy, for sequences of up to `max_length`."""
     return Policy(load_model(transformers.AutoModelForCausalLM, path, device, frozen), max_length)
@@ -361,8 +355,7 @@ def load_model(kind, path, device, frozen, new_head=False):
     for problem, names in problems.items():
         if names:
             raise UserError(f"{path}: {len(names)} weights {problem}, such as {min(names)}")
-    # Probability 0 rather than eval(): eval() would switch gradient checkpointing off without a
-    # word, and with dropout on, the ratio of the first step would not be 1.
+    # No dropout, or no ratio starts at 1; not by eval(), which ends gradient checkpointing.
     for module in lm.modules():
         dropout = isinstance(module, torch.nn.Dropout)
         for name, value in vars(module).items():
@@ -397,7 +390,7 @@ def load_tokenizer(path, lm=None):
     return tokenizer
 
 def save_model(module, folder):
-    """Write a folder for plain transformers. Spoils a module with adapters. All processes call it."""
+    """A folder for plain transformers. Merging adapters spoils `module`. All processes call it."""
     if module.peft:
         for part in module.modules():
             if isinstance(part, FSDPModule):
@@ -415,7 +408,7 @@ def cast(lm, dtype):
     for parameter in lm.parameters():
         parameter.data = parameter.data.to(dtype)
 
-def weight_dtype(device, frozen):
+def weight_dtype(device, frozen):  # frozen: the whole model, or all but its adapters
     return torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
 
 def autocast(device):
@@ -493,11 +486,9 @@ class Sampler:
         self.size = slots
         with self.device:
             self.rows = torch.arange(slots)  # (S,)
-            # One column more than tokens: a row that is done goes on writing there.
-            self.ids = torch.zeros(slots, max_length + 1, dtype=torch.long)
+            self.ids = torch.zeros(slots, max_length + 1, dtype=torch.long)  # + 1: once it is done
             self.logprobs = torch.zeros(slots, max_length + 1)  # 0 or old numbers at prompts
-            # Tokens in the cache. The newest one, ids[length], has not been read yet.
-            self.length = torch.zeros(slots, dtype=torch.long)  # (S,)
+            self.length = torch.zeros(slots, dtype=torch.long)  # cached; ids[length] is not yet
             self.end = torch.zeros(slots, dtype=torch.long)  # where the longest response ends
             self.done = torch.ones(slots, dtype=torch.bool)  # (S,), of a free slot, too
             self.eos = torch.tensor(self.eos_ids)
@@ -505,16 +496,14 @@ class Sampler:
             self.noise = torch.empty(slots, V)  # uniform numbers, drawn afresh for each step
         self.graphs = {}  # kv: the decode step over that many cached positions
         self.use_graphs = self.device.type == "cuda"
-        # One memory pool for all of them, as no two run at once.
-        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None  # they share it
 
     @torch.no_grad()
     def __call__(self, prompts, generator=None):
         """(responses, logprobs): for each prompt, a list of ids, the ids of one response, EOS kept
         where it was sampled, and their log-probs under softmax(logits / temperature).
         """
-        # With graphs the host looks at the device once in `burst` steps, and one graph serves a
-        # whole bucket of lengths.
+        # Steps until the host looks at the device again, and lengths that one graph serves.
         burst, bucket = (16, 128) if self.use_graphs else (1, 1)
         together = max(1, 16384 // self.max_length)  # prompts of one prefill, for its memory
         self.length.zero_()
@@ -543,7 +532,7 @@ class Sampler:
         return responses, logprobs
 
     def sample(self, prompts, *key):
-        """__call__ by all processes: each answers a share, seeded by `key` and its rank, gets all."""
+        """By all processes: each answers a share, seeded by `key` and its rank, and gets all."""
         generator = make_generator(self.device, *key, rank())
         responses, logprobs = self(prompts[rank() :: world_size()], generator)
         return gather(responses), gather(logprobs)
@@ -623,13 +612,11 @@ def free_slots(lm):
         vars(module).pop("slot_kv", None)  # slot_attention's
 
 def sampling_copy(policy, cfg):
-    """The policy that samples: itself where that is fast, else a whole copy, in bfloat16 on a GPU,
-    which `Sampler.sync` keeps up to date. To be called before the policy is sharded.
-    """
+    """The policy that samples: itself where that is fast, else a whole copy, for `Sampler.sync`."""
     dtype = weight_dtype(policy.lm.device, frozen=True)
     if world_size() == 1 and policy.lm.dtype == dtype:
         return policy
-    copied = copy.deepcopy(policy).requires_grad_(False)
+    copied = copy.deepcopy(policy).requires_grad_(False)  # so it is called before sharding
     cast(copied.lm, dtype)
     return prepare(copied, cfg, shard=False)
 
@@ -704,20 +691,16 @@ def without_adapter(module):
     return module.peft.disable_adapter() if module.peft else nullcontext()
 
 def prepare(module, cfg, shard=True):
-    """Compile the layers (`auto`: of large models on CUDA) and shard the model over the processes,
-    where there are several. Returns it.
-    """
+    """Compile a model (`auto`: a large one on CUDA) and shard it over the processes; returns it."""
     device = module.lm.device
     size = sum(p.numel() for p in module.parameters())
     lists = [part for part in module.lm.modules() if isinstance(part, torch.nn.ModuleList)]
     layers = max(lists, key=len, default=[])  # the transformer layers are the longest list
     if device.type == "cpu" and size < 5e6 and "OMP_NUM_THREADS" not in os.environ:
-        # A second thread gains a third, and loses a factor of ten where others use the cores.
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # a second gains a third, and loses tenfold on busy cores
     large = device.type == "cuda" and size > 50e6
     if cfg.compile == "on" or (cfg.compile == "auto" and large):
-        # torch counts by the layer's code, which all models of a family share.
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 64  # all models of a family count together
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
         for layer in layers:  # one by one: the first one's code serves all
             layer.compile(dynamic=True)
@@ -726,8 +709,7 @@ def prepare(module, cfg, shard=True):
     if shard and world_size() > 1:
         mesh = dist.init_device_mesh(device.type, (world_size(),))
         for part in (*layers, module):
-            # Sharded again after each forward, or an adapter that was switched off and on in
-            # between would not be trained from then on.
+            # Sharded again after each forward, or adapters once switched off would train no more.
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
             part.set_gradient_divide_factor(1.0)  # losses are shares of a whole: no average
             part.set_force_sum_reduction_for_comms(True)
@@ -1027,8 +1009,7 @@ def stop_ids(lm, tokenizer):
     return sorted(ids)
 
 # ----------------------------------------------------------------------------- scores and answers
-# A score is a function: score(prompts, responses) -> (B,), of rows as `load_prompts` returns them,
-# and of token ids.
+# A score is a function: score(rows from `load_prompts`, responses as token ids) -> (B,).
 
 def function_score(spec, tokenizer):
     """Scores by file.py:function(prompts, responses) -> a number for each response, as text."""
@@ -1055,8 +1036,10 @@ def function_score(spec, tokenizer):
 
 def load_gold(cfg, data, tokenizer):
     """The judge --gold_fn, or the embedded world's own where `data` is its; otherwise None."""
-    own = f"{EMBEDDED / 'hhh.py'}:gold_score" if is_embedded(data) else ""
-    return function_score(cfg.gold_fn or own, tokenizer) if cfg.gold_fn or own else None
+    spec = cfg.gold_fn
+    if not spec and is_embedded(data):
+        spec = f"{EMBEDDED / 'hhh.py'}:gold_score"
+    return function_score(spec, tokenizer) if spec else None
 
 def load_score(cfg, policy, tokenizer, adapters=False):
     """By --reward_fn or --reward: (score, model). The model is None where it does not read the
@@ -1066,12 +1049,12 @@ def load_score(cfg, policy, tokenizer, adapters=False):
         return function_score(cfg.reward_fn, tokenizer), None
     device = policy.lm.device
     reward = load_scorer(cfg.reward, device, frozen=True).requires_grad_(False)
-    own = load_tokenizer(cfg.reward)
-    same = tokenizer.get_vocab().items() <= own.get_vocab().items()
-    # A policy may sample ids that its tokenizer does not have, too.
-    rows, needed = (m.lm.get_input_embeddings().num_embeddings for m in (reward, policy))
-    if not same or rows < needed or not reward.reads_tokens:
-        return text_score(reward, own, policy, tokenizer, cfg), None
+    reward_tokenizer = load_tokenizer(cfg.reward)
+    same = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
+    ids = reward.lm.get_input_embeddings().num_embeddings
+    policy_ids = policy.lm.get_input_embeddings().num_embeddings  # it may sample any of them
+    if not same or ids < policy_ids or not reward.reads_tokens:
+        return text_score(reward, reward_tokenizer, policy, tokenizer, cfg), None
     if adapters and cfg.lora_rank:
         add_lora(reward, cfg)
     else:
@@ -1084,32 +1067,35 @@ def load_score(cfg, policy, tokenizer, adapters=False):
 
     return score, reward
 
-def text_score(reward, own, policy, tokenizer, cfg):
-    """Scores by a reward model with a tokenizer of its `own`. A causal one reads what reward.py
-    makes of the texts, an encoder the last message and the response as a text pair, one by one.
+def text_score(reward, reward_tokenizer, policy, tokenizer, cfg):
+    """Scores by a reward model with another tokenizer. A causal one reads what reward.py makes of
+    the texts, an encoder the last message and the response as a text pair, one by one.
     """
-    lm, stops = reward.lm, stop_ids(policy.lm, tokenizer)
-    ends = stop_ids(lm, own) if reward.reads_tokens else []
-    longest = min(context_length(lm), own.model_max_length)
+    lm = reward.lm
+    stops = stop_ids(policy.lm, tokenizer)  # ids of the policy
+    ends = stop_ids(lm, reward_tokenizer) if reward.reads_tokens else []  # of the reward model
+    longest = min(context_length(lm), reward_tokenizer.model_max_length)  # tokens
     how = dict(truncation=True, max_length=longest, return_tensors="pt")
 
     @torch.no_grad()
     def score(prompts, responses):
         examples, scores = [], []
         for row, response in zip(prompts, responses):
-            prompt, text = row["prompt"], tokenizer.decode(response, skip_special_tokens=True)
+            prompt = row["prompt"]
+            text = tokenizer.decode(response, skip_special_tokens=True)
             with reading(f"{row['where']}: {cfg.reward}"), autocast(lm.device):
                 if reward.reads_tokens:
-                    ids = encode(own, prompt, text, row, ends)["ids"]
+                    ids = encode(reward_tokenizer, prompt, text, row, ends)["ids"]
                     if response[-1] not in stops and ids[-1] in ends:  # the response was cut
                         ids = ids[:-1]
                     examples.append(join(ids[:-1], ids[-1:]))  # it is scored at the last token
                 else:
                     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                    logits = lm(**own(question, text, **how).to(lm.device)).logits
-                    scores.append(logits.flatten()[0].float().cpu() - reward.mean)
+                    pair = reward_tokenizer(question, text, **how)  # (1, T)
+                    logits = lm(**pair.to(lm.device)).logits.flatten()  # (1,)
+                    scores.append(logits[0].float().cpu() - reward.mean)
         if scores:
-            return torch.stack(scores)
+            return torch.stack(scores)  # (B,)
         return evaluate(reward.last, examples, cfg, lm.device)
 
     return score
@@ -1129,11 +1115,11 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     ids = [prompt["ids"] for prompt in prompts]
     sampler.sync(policy)
     responses, _ = sampler.sample(ids, cfg.seed, "answers")
-    seed_global(cfg.seed, "answers")
+    seed_global(cfg.seed, "answers")  # for what the score may draw
 
     def kl_of(batch):
         logprobs, ref_logprobs = both_logprobs(policy, ref, batch, cfg.temperature)
-        return (logprobs - ref_logprobs).sum(1)
+        return (logprobs - ref_logprobs).sum(1)  # (b,), nats a response
 
     examples = list(map(join, ids, responses))
     return dict(
@@ -1149,27 +1135,28 @@ def compare(prompts, **answers):
     and task. Each of `answers`, before=... or after=..., is what `answer_prompts` returns.
     """
     rows = [dict(prompt=prompt["prompt"]) for prompt in prompts]
-    seen = {}
+    lists = {}  # what a mean is taken over, by its key in eval.json
     for name, answer in answers.items():
-        for i, (row, prompt) in enumerate(zip(rows, prompts)):
-            row[name] = answer["texts"][i]
-            seen.setdefault(f"eos_rate_{name}", []).append(answer["ended"][i])
-            if answer["scores"]:
-                row[f"score_{name}"] = answer["scores"][i]
-                seen.setdefault(f"score_{name}", []).append(answer["scores"][i])
-            if answer["gold"]:
-                for group in dict.fromkeys((None, prompt.get("kind"), prompt.get("task"))):
-                    key = f"gold_{name}" if group is None else f"gold_{name}_{group}"
-                    seen.setdefault(key, []).append(answer["gold"][i] >= 0.5)
-    means = {key: sum(numbers) / len(numbers) for key, numbers in seen.items()}
+        lists[f"eos_rate_{name}"] = answer["ended"]
+        if answer["scores"]:
+            lists[f"score_{name}"] = answer["scores"]
+        for row, text in zip(rows, answer["texts"]):
+            row[name] = text
+        for row, score in zip(rows, answer["scores"]):
+            row[f"score_{name}"] = score
+        for prompt, gold in zip(prompts, answer["gold"]):
+            for group in dict.fromkeys((None, prompt.get("kind"), prompt.get("task"))):
+                key = f"gold_{name}" if group is None else f"gold_{name}_{group}"
+                lists.setdefault(key, []).append(gold >= 0.5)
+    means = {key: sum(numbers) / len(numbers) for key, numbers in lists.items()}
     return rows, dict(n=len(prompts)) | means
 
 def print_answers(results, rows):
     """The numbers of eval.json, then some of the answers side by side."""
     for key, number in results.items():
         print(f"  {key:36}{number:8.3f}" if isinstance(number, float) else f"  {key:36}{number}")
-    for row in rows[:: max(1, len(rows) // 6)]:
-        print(f"\n  {str(row['prompt'])[-300:]}")
+    for row in rows[:: max(1, len(rows) // 6)]:  # six or a few more, spread over all
+        print(f"\n  {str(row['prompt'])[-300:]}")  # characters
         for name, text in row.items():
             if isinstance(text, str) and name != "prompt":
                 print(f"    {name:10} {text[:300]}")
@@ -1177,7 +1164,7 @@ def print_answers(results, rows):
 # ---------------------------------------------------------------------------------------- the run
 
 def flag(default, help, choices=None, over=-math.inf, least=-math.inf, most=math.inf):
-    """A setting, and the command line's flag of that name."""
+    """A setting, and the command line's flag of that name: a number > over, >= least, <= most."""
     kind = type(default)
 
     def number(text):
@@ -1210,10 +1197,8 @@ class Settings:
     lora_rank: int = flag(0, "train adapters of this rank, by peft; 0: all weights", least=0)
     lora_alpha: float = flag(32.0, "the adapters are scaled by alpha / rank", over=0)
 
-# What may change in a resumed run, and which settings name files or folders that a run reads.
-FREE = ("out", "resume", "overwrite", "save_every", "device")
-INPUTS = "model policy ref reward reward_fn gold_fn data eval_data pairs ptx_data".split()
-
+FREE = ("out", "resume", "overwrite", "save_every", "device")  # may change in a resumed run
+INPUTS = "model policy ref reward reward_fn gold_fn data eval_data pairs ptx_data".split()  # files
 # What a run writes into its folder. --overwrite removes these, and nothing else.
 OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sft.jsonl dpo.jsonl
     samples.jsonl report.html config.json generation_config.json model.safetensors
@@ -1221,9 +1206,8 @@ OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sf
     tokenizer_config.json tokenizer.model added_tokens.json vocab.json vocab.txt merges.txt
     spiece.model""".split()
 
-# A checkpoint holds whole tensors, of what is trained.
 SAVING = states.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-LOADING = states.StateDictOptions(full_state_dict=True, strict=False)
+LOADING = states.StateDictOptions(full_state_dict=True, strict=False)  # only what is trained
 
 class Run:
     """A stage's folder: settings, metrics, a checkpoint; at the end the model and eval.json.
@@ -1237,11 +1221,11 @@ class Run:
     def __init__(self, cfg):
         """Raises UserError when the folder is taken and no flag says what to do; writes nothing."""
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.stop_signal = 0
-        self.report_due = 0.0
+        self.stop_signal = 0  # its number, once there was one
+        self.report_due = 0.0  # on the clock of time.perf_counter()
         if cfg.resume and cfg.overwrite:
             raise UserError("--resume continues the run, --overwrite replaces it: give one of them")
-        sequences = cfg.batch_size // getattr(cfg, "minibatches", 1)
+        sequences = cfg.batch_size // getattr(cfg, "minibatches", 1)  # of an optimiser step
         if sequences % world_size():
             raise UserError(f"--batch_size: {sequences} a step, not for {world_size()} processes")
         self.inputs = set()
@@ -1253,7 +1237,7 @@ class Run:
         self.check_folder()
 
     def check_folder(self):
-        """Whether there is a run to continue, or one to begin; UserError if no flag says so."""
+        """True: there is a run to continue. False: one may begin. UserError: no flag allows it."""
         names = {path.name for path in self.out.glob("*")}
         if names <= {"metrics.jsonl", "run.json.tmp"}:  # what a kill may leave of a beginning
             return False
@@ -1276,16 +1260,14 @@ class Run:
         return False
 
     def begin(self, coefs=None, **trained):
-        """Write the settings, or load, in place, what a checkpoint holds. Nothing is written before
-        this call, so all input must have been read by then.
-        """
+        """Write the settings, or load a checkpoint in place. Before this call nothing is written."""
         self.coefs, self.trained = coefs or {}, trained
-        gather([])  # each process has looked at the folder
+        gather([])  # a barrier: each process has looked at the folder
         if rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.metrics = open(self.out / "metrics.jsonl", "a")
             with reading(f"--out {self.out}: another run is writing there"):
-                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
             if self.check_folder():  # once more: another run may have begun since
                 began = (self.out / "run.json").stat().st_ctime
                 for path in self.inputs:
@@ -1307,8 +1289,8 @@ class Run:
                 for name, (model, optimizer) in trained.items():
                     weights, *moments = state[name]
                     states.set_model_state_dict(model, weights, options=LOADING)
-                    for some in moments:
-                        states.set_optimizer_state_dict(model, optimizer, some, options=LOADING)
+                    for adam in moments:  # one, or none before the first optimiser step
+                        states.set_optimizer_state_dict(model, optimizer, adam, options=LOADING)
             print(f"resumed {self.out} after step {state['step']}")
         self.start, self.rows = state["step"], state["rows"]
         if rank() == 0:
@@ -1320,9 +1302,9 @@ class Run:
         state = dict(step=step, rows=self.rows, coefs=self.coefs)
         for name, (model, optimizer) in self.trained.items():
             weights = states.get_model_state_dict(model, options=SAVING)
-            # A tied head is a second name of the frozen embeddings: it is left out.
-            trained = [name for name, p in model.named_parameters() if p.requires_grad]
-            state[name] = [{name: weights[name] for name in trained if name in weights}]
+            trained = [key for key, p in model.named_parameters() if p.requires_grad]
+            weights = {key: weights[key] for key in trained if key in weights}  # no tied head
+            state[name] = [weights]
             if optimizer.state:  # get_ would make an empty one, and the run another
                 moments = states.get_optimizer_state_dict(model, optimizer, options=SAVING)
                 state[name].append(moments)
@@ -1335,9 +1317,9 @@ class Run:
         before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in self.bar:
-                self.step, self.began = step, time.perf_counter()
+                self.step, self.began = step, time.perf_counter()  # seconds
                 seed_global(self.cfg.seed, step)
-                yield step
+                yield step  # in which a signal only sets stop_signal
                 stop = max(gather([self.stop_signal]))  # all stop after the same step
                 every = self.cfg.save_every
                 if stop or (every and step % every == 0):
@@ -1367,12 +1349,11 @@ class Run:
         self.bar.set_postfix({name: row[name] for name in show}, refresh=False)
         if time.perf_counter() > self.report_due:
             self.write_report()
-            self.report_due = time.perf_counter() + 10
+            self.report_due = time.perf_counter() + 10  # seconds
 
     def write_report(self, results=None, samples=()):
         """report.html: the template in data/ with what is known so far put in."""
-        known = dict(settings=asdict(self.cfg), metrics=self.rows)
-        known |= dict(results=results, samples=samples)
+        known = dict(settings=asdict(self.cfg), metrics=self.rows, results=results, samples=samples)
         data = json.dumps(known).replace("<", "\\u003c")  # no answer may end the script
         template = (EMBEDDED / "report.html").read_text(encoding="utf-8")
         write_file(self.out / "report.html", template.replace('"DATA"', data))
@@ -1402,24 +1383,26 @@ def write_file(path, content):
             else:
                 torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
         os.replace(file.name, path)
 
 def write_jsonl(path, rows):
-    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_file(path, "".join(lines))
 
 def make_missing_stages(cfg):
     """Run sft.py and reward.py in this process for the default folders that are not finished."""
-    for name, folder in dict(sft=cfg.policy, reward="" if cfg.reward_fn else cfg.reward).items():
+    folders = dict(sft=cfg.policy, reward="" if cfg.reward_fn else cfg.reward)
+    for name, folder in folders.items():
         if folder != f"out/{name}" or (Path(folder) / "eval.json").exists():
             continue
         if world_size() > 1:
             raise UserError(f"{folder} is missing: make it first, by {name}.py")
         print(f"{folder} is missing: running {name}.py")
         stage = importlib.import_module(name)
-        own = stage.Config(out=folder, resume=True, seed=cfg.seed, device=cfg.device)
-        own.model = cfg.policy if name == "reward" else ""
-        stage.main(own)
+        stage_cfg = stage.Config(out=folder, resume=True, seed=cfg.seed, device=cfg.device)
+        stage_cfg.model = cfg.policy if name == "reward" else ""  # SFT: a new, tiny one
+        stage.main(stage_cfg)
 
 # ----------------------------------------------------------------------------------- command line
 
@@ -1427,7 +1410,7 @@ def choose_device(name):
     """`auto` is CUDA where there is one, one for each process. UserError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ:  # torchrun's
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     if name == "cuda" and dist.is_initialized():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1448,7 +1431,8 @@ class Output(io.TextIOBase):
             self.stream.write(text)
             self.stream.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
 
 def command_line(config_class, main, doc):
     """Parse the flags and run `main`; a UserError becomes one line on stderr and exit code 2."""
