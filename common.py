@@ -2,8 +2,8 @@
 forward that training needs; sampling; training, in one process or several; data; scores and
 answers; the run's settings, folder and command line.
 
-Shapes: B sequences, T tokens, N tokens where the mask is 1, V vocabulary, d hidden size; b and t
-are B and T of a micro-batch, S the slots of a Sampler, n some of them.
+Shapes: B sequences (b of a micro-batch), T (t) tokens, N where the mask is 1, V vocabulary, d
+hidden size; S slots of a Sampler, n some of them.
 
 An example is a dict of lists, one entry a token: `ids`, and a `mask` that is 1 on the tokens of the
 response, EOS included, and 0 on the prompt. A batch has the same keys, padded on the right to
@@ -43,8 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# On an H100 torch would choose cuDNN's attention: up to a second for each new batch size or length.
-torch.backends.cuda.enable_cudnn_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans, up to a second, for each new batch shape
 
 EMBEDDED = Path(__file__).resolve().parent / "data"  # the small HHH world, for lack of other data
 
@@ -59,13 +58,11 @@ def reading(what, error=UserError):
     except (UserError, torch.OutOfMemoryError):
         raise  # both have a message of their own
     except (Exception, SystemExit) as problem:  # a user's function may call exit()
-        line = ""
-        for call in traceback.extract_tb(problem.__traceback__):
-            if call.filename == str(what):  # `what` is a script: its line, the innermost last
-                line = f":{call.lineno}"
+        calls = traceback.extract_tb(problem.__traceback__)
+        lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]  # of a script
         kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
         message = f"{kind}{problem}".strip().partition("\n")[0]
-        raise error(f"{what}{line}: {message}") from problem
+        raise error(f"{what}{''.join(lines[-1:])}: {message}") from problem
 
 # ------------------------------------------------------------------------------ log-probs and GAE
 
@@ -83,9 +80,7 @@ def masked_variance(x, mask):
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 def whiten(x, mask, scale=True):
-    """`x` shifted to mean 0 and, with `scale`, divided by its (population) standard deviation, both
-    over the entries where `mask` is 1; 0 elsewhere. The shape of `x`.
-    """
+    """`x` shifted to mean 0 and, with `scale`, scaled to variance 1 over the mask; 0 elsewhere."""
     centred = (x - masked_mean(x, mask)) * mask
     if not scale:
         return centred
@@ -112,18 +107,15 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def join(prompt, response):
     """Prompt and response ids as one example."""
-    mask = [0] * len(prompt) + [1] * len(response)
-    return dict(ids=prompt + response, mask=mask)
+    return dict(ids=prompt + response, mask=[0] * len(prompt) + [1] * len(response))
 
 def pad_right(rows):
     """Lists of different lengths -> (B, longest) tensor with zeros on the right."""
-    tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True)  # (B, T)
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 def collate(examples, device="cpu"):
     """Examples as one batch on `device`, padded with 0 on the right: every key (B, T), the mask
     float32, and `at` (N,), the flat indices b * T + t of the tokens where the mask is 1.
-
     One example with ids 5 6 7 2 and mask 0 0 1 1 (prompt 5 6, response 7 2) gives
     ids [[5, 6, 7, 2]], mask [[0., 0., 1., 1.]] and at [2, 3]. AssertionError: an empty prompt.
     """
@@ -137,8 +129,8 @@ def collate(examples, device="cpu"):
 
 def take(batch, rows, device):
     """The sequences `rows` of a batch that lies on the host, cut to the longest of them."""
-    used = batch["mask"][rows].any(0)  # (T,): with the last of these the longest response ends,
-    T = int(used.nonzero().max()) + 1  # and no sequence goes on after its response
+    used = batch["mask"][rows].any(0)  # (T,); a response ends its sequence
+    T = int(used.nonzero().max()) + 1
     part = {key: x[rows, :T] for key, x in batch.items() if key != "at"}
     part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,), found before it is on a GPU
     return {key: x.to(device, non_blocking=True) for key, x in part.items()}
@@ -164,7 +156,6 @@ def micro_batches(rows, lengths, max_tokens):
 def evaluate(function, examples, cfg, device):
     """function(batch) over all examples, without gradients, by micro-batches of similar length; of
     several processes each runs a share, and all get the whole: one float32 tensor on the host.
-
     A function that returns (b,), a number a sequence, gives (B,); one that returns (b, t, k), k
     numbers a token, gives (B, T, k), 0 past the end of a micro-batch.
     """
@@ -192,7 +183,6 @@ def token_budget(cfg, device):
 class Policy(torch.nn.Module):
     """A causal LM: Policy(lm)(batch, temperature) -> (logprobs, entropy), each (B, T) float32: of
     the response tokens under softmax(logits / temperature), and 0 where the mask is.
-
     Only the hidden states before response tokens reach the LM head, 1,024 at a time, and each chunk
     is computed again in the backward pass: the float32 logits (B, T, V), larger than all else,
     never exist. A model is not `usual` if it scales its logits or has windows shorter than
@@ -232,7 +222,7 @@ class Policy(torch.nn.Module):
     def forward(self, batch, temperature=1.0):
         """(logprobs, entropy), see above; while gradients are recorded the entropy is all 0."""
         ids, at = batch["ids"], batch["at"]  # (B, T), (N,)
-        logprobs, entropies = [], []
+        parts = []
         with autocast(ids.device):
             hidden = self.hidden(ids).flatten(0, 1)[at - 1]  # (N, d): t - 1 predicts token t
             tokens = ids.flatten()[at]  # (N,)
@@ -242,12 +232,11 @@ class Policy(torch.nn.Module):
                     outputs = checkpoint(self.head_logprobs, *inputs, use_reentrant=False)
                 else:
                     outputs = self.head_logprobs(*inputs)
-                logprobs.append(outputs[0])  # (at most 1024,)
-                entropies.append(outputs[1])
+                parts.append(outputs)  # (log-probs, entropies), at most 1,024 each
         zeros = torch.zeros(ids.numel(), device=ids.device)  # (B * T,)
-        logprobs = zeros.index_put((at,), torch.cat(logprobs))
-        entropy = zeros.index_put((at,), torch.cat(entropies))
-        return logprobs.view_as(ids), entropy.view_as(ids)  # (B, T), (B, T)
+        logprobs, entropy = map(torch.cat, zip(*parts))  # (N,), (N,)
+        logprobs = zeros.index_put((at,), logprobs).view_as(ids)  # (B, T)
+        return logprobs, zeros.index_put((at,), entropy).view_as(ids)
 
 def head_logprobs(head, hidden, tokens, temperature):
     """Hidden states (N, d) and the tokens after them (N,) -> log-probs and entropies, (N,) each."""
@@ -276,13 +265,11 @@ class Scorer(torch.nn.Module):
         """(B, T) float32; past the end of a sequence it means nothing."""
         with autocast(batch["ids"].device):
             hidden = hidden_states(self.lm, batch["ids"])  # (B, T, d)
-        scores = self.lm.score(hidden.float())  # (B, T, 1), in float32 as the head is
-        return scores.squeeze(-1) - self.mean
+        return self.lm.score(hidden.float()).squeeze(-1) - self.mean  # in float32, as the head is
 
     def last(self, batch):
         """The score of each sequence, (B,): read at the last token of its response."""
-        so_far = batch["mask"].cumsum(1)  # (B, T): response tokens up to t
-        last = so_far.argmax(1, keepdim=True)  # (B, 1): the first position that has them all
+        last = batch["mask"].cumsum(1).argmax(1, keepdim=True)  # (B, 1): where all are counted
         return self(batch).gather(1, last).squeeze(1)  # (B,)
 
 def hidden_states(lm, ids, **kwargs):
@@ -299,8 +286,7 @@ def same_logits(lm, ours, max_length=math.inf):
     ids = torch.tensor([ids], device=lm.device)  # (1, 7 or 8)
     logits = lm(input_ids=ids).logits  # (1, 8, V); of a classifier (1, 1)
     logits = logits.flatten(0, -2)[-1].float()  # (V,); or (1,)
-    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05  # of the largest logit
-    tolerance *= logits.abs().max()
+    tolerance = (1e-4 if lm.dtype == torch.float32 else 0.05) * logits.abs().max()
     ways = ["slots", lm.config._attn_implementation]
     window = config.get("use_sliding_window", True) and config.get("sliding_window")
     if window and window < min(max_length, context_length(lm)):  # tokens
@@ -367,12 +353,11 @@ def load_adapter(kind, path, device, frozen, new_head):
     """The model that an adapter of peft was made for, with the adapter merged into its weights."""
     with reading(f"{path} is an adapter: pip install peft"):
         import peft
-    scorer = kind is transformers.AutoModelForSequenceClassification
+    scorer = kind is transformers.AutoModelForSequenceClassification  # its head: the adapter's
     with reading(path), warnings.catch_warnings():
         adapter = peft.PeftConfig.from_pretrained(path)
         if (adapter.task_type == "SEQ_CLS") != (scorer and not new_head):
             raise UserError(f"{path}: an adapter ({adapter.task_type}) of another kind")
-        # The score head of a reward model is the adapter's.
         lm = load_model(kind, adapter.base_model_name_or_path, device, frozen, new_head=scorer)
         adapter.task_type = None  # or peft would look for what only a causal model has
         warnings.filterwarnings("error", "Found missing adapter keys")  # so that reading tells it
@@ -624,9 +609,8 @@ def generate(lm, prompts, max_new_tokens, eos_id, temperature=1.0, generator=Non
     """Sample a response to each prompt from any Hugging Face causal LM, which is left as it was.
 
     prompts: lists of token ids, of any lengths. eos_id: an int or several. temperature 0 is greedy.
-    generator: a torch.Generator on the model's device; None: the global one. `slots` sequences run
-    at once. Returns lists of token ids in the order of the prompts, EOS kept where it was sampled.
-    Raises ValueError for an empty prompt.
+    generator: a torch.Generator on the model's device; None: the global one. `slots` run at once.
+    Returns lists of ids in the order of the prompts, EOS kept. ValueError for an empty prompt.
     """
     if not all(map(len, prompts)):
         raise ValueError("generate: an empty prompt has no token to continue from")
@@ -666,20 +650,17 @@ def gather(rows):
     P = world_size()
     parts = [None] * P
     dist.all_gather_object(parts, rows)
-    n = sum(map(len, parts))
-    return [parts[i % P][i // P] for i in range(n)]
+    return [parts[i % P][i // P] for i in range(sum(map(len, parts)))]
 
 def add_lora(module, cfg):
-    """With --lora_rank: freeze the model and give every linear layer an adapter (Hu et al. 2021, by
-    PEFT), which changes nothing until it is trained; a score head is trained whole.
-    """
+    """With --lora_rank: freeze a model under adapters (Hu et al. 2021, by PEFT) that start at 0."""
     if not cfg.lora_rank:
         return
     with reading("--lora_rank: pip install peft"):
         import peft
     settings = dict(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear")
     if isinstance(module, Scorer):
-        settings |= dict(task_type="SEQ_CLS", modules_to_save=["score"])
+        settings |= dict(task_type="SEQ_CLS", modules_to_save=["score"])  # the head: trained whole
     with torch.random.fork_rng(), reading("--lora_rank"):
         torch.manual_seed(cfg.seed)  # peft draws from the global generator
         wrapped = peft.get_peft_model(module.lm, peft.LoraConfig(**settings))
@@ -698,8 +679,7 @@ def prepare(module, cfg, shard=True):
     layers = max(lists, key=len, default=[])  # the transformer layers are the longest list
     if device.type == "cpu" and size < 5e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second gains a third, and loses tenfold on busy cores
-    large = device.type == "cuda" and size > 50e6
-    if cfg.compile == "on" or (cfg.compile == "auto" and large):
+    if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and size > 50e6):
         torch._dynamo.config.recompile_limit = 64  # all models of a family count together
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
         for layer in layers:  # one by one: the first one's code serves all
@@ -719,8 +699,7 @@ def make_optimizer(module, cfg, lr):
     """Prepare a model for training; returns AdamW over what is trained of it."""
     if cfg.gradient_checkpointing:
         module.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    prepare(module, cfg)
-    trained = [p for p in module.parameters() if p.requires_grad]  # with LoRA the adapters
+    trained = [p for p in prepare(module, cfg).parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 def read_stats(totals, **grad_norm):
@@ -728,11 +707,9 @@ def read_stats(totals, **grad_norm):
     optimiser step that the host waits for the device. UserError where one is not finite.
     """
     [norm] = grad_norm.values()  # its name is the keyword: grad_norm or vf_grad_norm
-    if isinstance(norm, DTensor):  # already of all processes
-        norm = norm.full_tensor()
-    sums = all_sum(torch.stack(list(totals.values())))
-    numbers = torch.stack([*sums, norm.detach()])
-    stats = dict(zip([*totals, *grad_norm], numbers.tolist()))
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # it is of all processes
+    numbers = [*all_sum(torch.stack(list(totals.values()))), norm.detach()]
+    stats = dict(zip([*totals, *grad_norm], torch.stack(numbers).tolist()))
     check_finite(stats, "the weights were not touched: try a lower rate or a longer --warmup")
     return stats
 
@@ -763,8 +740,7 @@ def make_generator(device, *key):
 
 def seed_global(*key):
     """The same for code that draws from the global generators: a --reward_fn, say."""
-    seed = make_generator("cpu", *key, rank()).initial_seed()
-    transformers.set_seed(seed % 2**32)  # NumPy takes no more
+    transformers.set_seed(make_generator("cpu", *key, rank()).initial_seed() % 2**32)  # for NumPy
 
 def epoch_batch(n, size, step, seed):
     """The rows of batch `step` (from 1) in an endless series of shuffled epochs of n rows."""
@@ -772,8 +748,7 @@ def epoch_batch(n, size, step, seed):
     first = (step - 1) * size
     while len(rows) < size:  # a batch may reach into the next epoch
         epoch, at = divmod(first + len(rows), n)
-        generator = make_generator("cpu", seed, "epoch", epoch)
-        order = torch.randperm(n, generator=generator).tolist()
+        order = torch.randperm(n, generator=make_generator("cpu", seed, "epoch", epoch)).tolist()
         rows += order[at : at + size - len(rows)]
     return rows
 
@@ -911,7 +886,6 @@ def encode_prompt(tokenizer, prompt, row={}):
 
 def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     """Prompt and response, each text or messages, as an example: dict(ids, mask), lists of T.
-
     They are tokenised apart, as generation sees them. A response in messages is the text that the
     chat template adds to the prompt. It ends with the token at which generation would: EOS, which
     is added, or before it one of the ids `ends`. Raises Unlearnable for an empty response, for more
@@ -972,8 +946,7 @@ def load_demonstrations(rows, tokenizer, ends, max_tokens):
     def read(row):
         return encode(tokenizer, row["prompt"], row["completion"], row, ends, max_tokens)
 
-    dialogues = read_all(rows, split, "dialogues")
-    turns = [turn for turns in dialogues for turn in turns]
+    turns = [turn for turns in read_all(rows, split, "dialogues") for turn in turns]
     return read_all(turns, read, "demonstrations")
 
 def load_prompts(rows, tokenizer, cfg, *models):
@@ -1071,8 +1044,7 @@ def text_score(reward, reward_tokenizer, policy, tokenizer, cfg):
     """Scores by a reward model with another tokenizer. A causal one reads what reward.py makes of
     the texts, an encoder the last message and the response as a text pair, one by one.
     """
-    lm = reward.lm
-    stops = stop_ids(policy.lm, tokenizer)  # ids of the policy
+    lm, stops = reward.lm, stop_ids(policy.lm, tokenizer)  # ids of the policy
     ends = stop_ids(lm, reward_tokenizer) if reward.reads_tokens else []  # of the reward model
     longest = min(context_length(lm), reward_tokenizer.model_max_length)  # tokens
     how = dict(truncation=True, max_length=longest, return_tensors="pt")
@@ -1260,9 +1232,9 @@ class Run:
         return False
 
     def begin(self, coefs=None, **trained):
-        """Write the settings, or load a checkpoint in place. Before this call nothing is written."""
+        """Write the settings, or load a checkpoint in place. Nothing is written before this."""
         self.coefs, self.trained = coefs or {}, trained
-        gather([])  # a barrier: each process has looked at the folder
+        gather([])  # as a barrier: each process has looked at the folder
         if rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.metrics = open(self.out / "metrics.jsonl", "a")
@@ -1273,8 +1245,7 @@ class Run:
                 for path in self.inputs:
                     if max(file.stat().st_ctime for file in [path, *path.glob("*")]) > began:
                         print(f"--resume {self.out}: {path} has changed since the run began")
-            else:
-                # A kill in between leaves the old run or the new one, none that seems finished.
+            else:  # a kill in between leaves the old run or the new, none that seems finished
                 for name in OWN_FILES:
                     for path in self.out.glob(name):
                         path.unlink()
@@ -1387,8 +1358,7 @@ def write_file(path, content):
         os.replace(file.name, path)
 
 def write_jsonl(path, rows):
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_file(path, "".join(lines))
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 def make_missing_stages(cfg):
     """Run sft.py and reward.py in this process for the default folders that are not finished."""
@@ -1431,8 +1401,7 @@ class Output(io.TextIOBase):
             self.stream.write(text)
             self.stream.flush()
         except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # the pipe's number
 
 def command_line(config_class, main, doc):
     """Parse the flags and run `main`; a UserError becomes one line on stderr and exit code 2."""
