@@ -43,7 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans, up to a second, for each new batch shape
+torch.backends.cuda.enable_cudnn_sdp(False)  # its plan for each new shape takes up to a second
 
 EMBEDDED = Path(__file__).resolve().parent / "data"  # the small HHH world, for lack of other data
 
@@ -84,7 +84,7 @@ def whiten(x, mask, scale=True):
     centred = (x - masked_mean(x, mask)) * mask
     if not scale:
         return centred
-    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8)  # all equal: 0, not nan
+    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8)  # where all are equal: 0, not nan
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over real response tokens.
@@ -117,7 +117,7 @@ def collate(examples, device="cpu"):
     """Examples as one batch on `device`, padded with 0 on the right: every key (B, T), the mask
     float32, and `at` (N,), the flat indices b * T + t of the tokens where the mask is 1.
     One example with ids 5 6 7 2 and mask 0 0 1 1 (prompt 5 6, response 7 2) gives
-    ids [[5, 6, 7, 2]], mask [[0., 0., 1., 1.]] and at [2, 3]. AssertionError: an empty prompt.
+    ids [[5, 6, 7, 2]], mask [[0., 0., 1., 1.]] and at [2, 3]. An empty prompt is an AssertionError.
     """
     batch = {}
     for key in examples[0]:
@@ -132,7 +132,7 @@ def take(batch, rows, device):
     used = batch["mask"][rows].any(0)  # (T,); a response ends its sequence
     T = int(used.nonzero().max()) + 1
     part = {key: x[rows, :T] for key, x in batch.items() if key != "at"}
-    part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,), found before it is on a GPU
+    part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,); on a GPU this would wait
     return {key: x.to(device, non_blocking=True) for key, x in part.items()}
 
 def micro_batches(rows, lengths, max_tokens):
@@ -224,7 +224,7 @@ class Policy(torch.nn.Module):
         ids, at = batch["ids"], batch["at"]  # (B, T), (N,)
         parts = []
         with autocast(ids.device):
-            hidden = self.hidden(ids).flatten(0, 1)[at - 1]  # (N, d): t - 1 predicts token t
+            hidden = self.hidden(ids).flatten(0, 1)[at - 1]  # (N, d): position t - 1 predicts t
             tokens = ids.flatten()[at]  # (N,)
             for chunk in zip(hidden.split(1024), tokens.split(1024)):
                 inputs = (self.head, *chunk, temperature)
@@ -255,9 +255,9 @@ class Scorer(torch.nn.Module):
         super().__init__()
         self.lm = lm
         self.peft = None  # with LoRA the PeftModel around lm
-        self.mean = lm.config.to_dict().get("reward_mean", 0.0)  # 0: from elsewhere
+        self.mean = lm.config.to_dict().get("reward_mean", 0.0)  # 0: not reward.py's
         at_the_last = lambda ids: lm.score(hidden_states(lm, ids))[0, -1]  # noqa: E731
-        self.reads_tokens = same_logits(lm, at_the_last) is not None  # no: an encoder of a text
+        self.reads_tokens = same_logits(lm, at_the_last) is not None  # None: an encoder of a text
         if self.reads_tokens:
             lm.score.float()  # a score rounded to bfloat16 has three digits
 
@@ -353,14 +353,14 @@ def load_adapter(kind, path, device, frozen, new_head):
     """The model that an adapter of peft was made for, with the adapter merged into its weights."""
     with reading(f"{path} is an adapter: pip install peft"):
         import peft
-    scorer = kind is transformers.AutoModelForSequenceClassification  # its head: the adapter's
+    scorer = kind is transformers.AutoModelForSequenceClassification  # the adapter has its head
     with reading(path), warnings.catch_warnings():
         adapter = peft.PeftConfig.from_pretrained(path)
         if (adapter.task_type == "SEQ_CLS") != (scorer and not new_head):
             raise UserError(f"{path}: an adapter ({adapter.task_type}) of another kind")
         lm = load_model(kind, adapter.base_model_name_or_path, device, frozen, new_head=scorer)
         adapter.task_type = None  # or peft would look for what only a causal model has
-        warnings.filterwarnings("error", "Found missing adapter keys")  # so that reading tells it
+        warnings.filterwarnings("error", "Found missing adapter keys")  # told by `reading`
         lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
     return lm.requires_grad_(True).train()  # as it was before peft
 
@@ -471,22 +471,22 @@ class Sampler:
         self.size = slots
         with self.device:
             self.rows = torch.arange(slots)  # (S,)
-            self.ids = torch.zeros(slots, max_length + 1, dtype=torch.long)  # + 1: once it is done
+            self.ids = torch.zeros(slots, max_length + 1, dtype=torch.long)  # + 1 for done rows
             self.logprobs = torch.zeros(slots, max_length + 1)  # 0 or old numbers at prompts
             self.length = torch.zeros(slots, dtype=torch.long)  # cached; ids[length] is not yet
             self.end = torch.zeros(slots, dtype=torch.long)  # where the longest response ends
-            self.done = torch.ones(slots, dtype=torch.bool)  # (S,), of a free slot, too
+            self.done = torch.ones(slots, dtype=torch.bool)  # (S,); True in free slots
             self.eos = torch.tensor(self.eos_ids)
             V = self.lm.get_output_embeddings().out_features
             self.noise = torch.empty(slots, V)  # uniform numbers, drawn afresh for each step
         self.graphs = {}  # kv: the decode step over that many cached positions
         self.use_graphs = self.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None  # they share it
+        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None  # for all graphs
 
     @torch.no_grad()
     def __call__(self, prompts, generator=None):
-        """(responses, logprobs): for each prompt, a list of ids, the ids of one response, EOS kept
-        where it was sampled, and their log-probs under softmax(logits / temperature).
+        """Answer prompts, lists of token ids. Returns (responses, logprobs) in their order: token
+        ids, EOS kept where sampled, and their log-probs under softmax(logits / temperature).
         """
         # Steps until the host looks at the device again, and lengths that one graph serves.
         burst, bucket = (16, 128) if self.use_graphs else (1, 1)
@@ -509,7 +509,7 @@ class Sampler:
             for _ in range(burst):
                 self.step(kv, generator)
             for slot in self.done.nonzero().flatten().tolist():
-                if slot in answering:  # or it has been free for some time
+                if slot in answering:  # else the slot was free before
                     i = answering.pop(slot)
                     response = slice(len(prompts[i]), self.length[slot] + 1)  # columns of ids
                     responses[i] = self.ids[slot, response].tolist()
@@ -653,7 +653,7 @@ def gather(rows):
     return [parts[i % P][i // P] for i in range(sum(map(len, parts)))]
 
 def add_lora(module, cfg):
-    """With --lora_rank: freeze a model under adapters (Hu et al. 2021, by PEFT) that start at 0."""
+    """With --lora_rank: freeze a model under new adapters of no effect (Hu et al. 2021; PEFT's)."""
     if not cfg.lora_rank:
         return
     with reading("--lora_rank: pip install peft"):
