@@ -7,7 +7,7 @@ import tokenize
 
 from conftest import ROOT
 
-# Aims: common.py 1,000, all five 2,400, 10 tokens a line. Where not reached, nothing grows back.
+# Aims: common.py 1,000, all five 2,400, 10 tokens a line. What is not reached does not grow back.
 LIMITS = {
     "common.py": 1431, "ppo.py": 480, "rejection_sample.py": 450, "reward.py": 290, "sft.py": 190,
     "README.md": 220,
@@ -46,8 +46,8 @@ def test_lines():
 def test_density():
     assert count('"""Two\nlines."""\n# why\nx = 1  # trailing\ny = f"{x} {x:>{x}}"\n') == (6, 2, 2)
     tokens, code, comments = zip(*map(count, CODE.values()))
-    dense = {name: round(t / c, 2) for name, t, c in zip(CODE, tokens, code) if t > 12.2 * c}
-    assert dense == {} and sum(comments) >= 0.1 * sum(code)
+    dense = {name: round(t / c, 2) for name, t, c in zip(CODE, tokens, code) if t > 11.8 * c}
+    assert dense == {} and sum(comments) >= 0.2 * sum(code)
     assert len(re.findall(r"\b(?:hasattr|getattr|setattr|vars)\(", "".join(CODE.values()))) <= 12
 
 def test_columns():
