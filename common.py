@@ -282,9 +282,10 @@ def same_logits(lm, ours, max_length=math.inf):
     Returns "slots", the name of its own, or None for neither, and leaves the last one tried set.
     """
     config = lm.config.get_text_config().to_dict()
-    ids = [i for i in range(8) if i != config.get("pad_token_id")]  # a classifier skips pads
-    ids = torch.tensor([ids], device=lm.device)  # (1, 7 or 8)
-    logits = lm(input_ids=ids).logits  # (1, 8, V); of a classifier (1, 1)
+    ids = [i % lm.get_input_embeddings().num_embeddings for i in range(10)]
+    ids = [i for i in ids if i != config.get("pad_token_id")]  # a classifier skips pads
+    ids = torch.tensor([ids], device=lm.device)  # (1, 9 or 10)
+    logits = lm(input_ids=ids).logits  # (1, 10, V); of a classifier (1, 1)
     logits = logits.flatten(0, -2)[-1].float()  # (V,); or (1,)
     tolerance = (1e-4 if lm.dtype == torch.float32 else 0.05) * logits.abs().max()
     ways = ["slots", lm.config._attn_implementation]
@@ -361,7 +362,8 @@ def load_adapter(kind, path, device, frozen, new_head):
         lm = load_model(kind, adapter.base_model_name_or_path, device, frozen, new_head=scorer)
         adapter.task_type = None  # or peft would look for what only a causal model has
         warnings.filterwarnings("error", "Found missing adapter keys")  # told by `reading`
-        lm = peft.PeftModel.from_pretrained(lm, path, config=adapter).merge_and_unload()
+        lm = peft.PeftModel.from_pretrained(lm, path, config=adapter)
+        lm = lm.merge_and_unload(safe_merge=True)  # raises where there is a NaN
     return lm.requires_grad_(True).train()  # as it was before peft
 
 def load_tokenizer(path, lm=None):

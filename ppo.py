@@ -224,7 +224,7 @@ def ptx_backward(policy, demonstrations, update, totals, cfg):
 # Looking at what it does
 
 def print_samples(run, questions, responses, scores, rollout, tokenizer, cfg):
-    """On stderr, now and then: two answers, and with --trace the first one token by token."""
+    """Now and then: two answers, and with --trace the first one token by token."""
     queries = [question["ids"] for question in questions[:2]]
     asked = [tokenizer.decode(query, skip_special_tokens=True)[-200:] for query in queries]
     if cfg.sample_every and run.step % cfg.sample_every == 0:
