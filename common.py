@@ -16,7 +16,6 @@ import copy
 import fcntl
 import gzip
 import importlib
-import io
 import json
 import math
 import os
@@ -783,22 +782,26 @@ def read_row(line):
     row = {key: value for key, value in row.items() if value is not None}
     for key in row.keys() & texts:
         with reading(f'"{key}" is not text, nor chat messages', error=ValueError):
-            row[key] = plain(row[key])
+            if key == "responses":
+                row[key] = list(map(plain, [] + row[key]))  # raises where it is no list
+            else:
+                row[key] = plain(row[key])
     if isinstance(row.get("tools"), str):  # Parquet cannot hold schemas that differ
         row["tools"] = json.loads(row["tools"])
     return row
 
 def plain(value):
-    """Text, a message or a list of them; content that is null or a list of parts becomes text."""
+    """Text or messages, whose content becomes text where it is null or a list of parts."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        return [plain(part) for part in value]
-    content = value.get("content") if "tool_calls" in value else value["content"]
-    if isinstance(content, list):
-        content = [part["text"] for part in content]  # an image has none: KeyError
-    content = "".join(content or "")  # null is ""
-    return value | dict(role=value["role"], content=content)
+    messages = []
+    for message in value:
+        content = message.get("content") if "tool_calls" in message else message["content"]
+        if isinstance(content, list):
+            content = "".join([part["text"] for part in content])  # an image has none: KeyError
+        content = "" if content is None else "" + content  # raises where it is no text
+        messages.append(message | dict(role=message["role"], content=content))
+    return messages
 
 def is_embedded(path):
     names = "sft pairs scores rankings prompts eval_sft eval_pairs eval_prompts probe_prompts"
@@ -901,6 +904,9 @@ def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     if isinstance(prompt, list):
         before = render(tokenizer, prompt, row)
         whole = render(tokenizer, prompt, row, turn)
+        without = turn | dict(tool_calls=None)
+        if turn.get("tool_calls") and whole == render(tokenizer, prompt, row, without):
+            raise Unlearnable("the chat template leaves tool calls out")
         if not whole.startswith(before):  # the template rewrites the prompt once it is answered:
             other = render(tokenizer, prompt, row, ANY)  # then it is what all answers share
             before = os.path.commonprefix([whole, other])
@@ -955,6 +961,9 @@ def load_prompts(rows, tokenizer, cfg, *models):
     """Rows of any form with their `prompt` and its `ids`, which leave all models room to answer."""
     context = min(context_length(model.lm) for model in models)  # tokens
     longest = min(cfg.max_prompt_tokens, context - cfg.max_new_tokens)
+    embeddings = [model.lm.get_input_embeddings().num_embeddings for model in models]
+    if min(embeddings) < embeddings[0]:
+        raise UserError("--ref has fewer embeddings than --policy")
 
     def read(row):
         prompt, _ = prompt_and_responses(row)
@@ -1212,12 +1221,12 @@ class Run:
 
     def check_folder(self):
         """True: there is a run to continue. False: one may begin. UserError: no flag allows it."""
-        names = {path.name for path in self.out.glob("*")}
-        if names <= {"metrics.jsonl", "run.json.tmp"}:  # what a kill may leave of a beginning
+        names = {path.name for path in self.out.glob("*") if path.lstat().st_size}
+        if names <= {"run.json.tmp"}:  # a kill may leave that, and an empty metrics.jsonl
             return False
         with reading(f"--out {self.out} is not empty, and its run.json is not a run's"):
             before = json.loads((self.out / "run.json").read_text())
-            if not before.keys() >= set(FREE):
+            if not before.keys() >= {"out", "seed", "batch_size", "lr"}:
                 raise ValueError("it is another program's")
         finished = (self.out / "eval.json").exists()
         if self.cfg.resume and not finished:
@@ -1307,7 +1316,7 @@ class Run:
 
     def on_signal(self, number, frame):
         """The first Ctrl-C or SIGTERM lets the step end and saves; a second one stops at once."""
-        if self.stop_signal and world_size() == 1:  # torchrun passes signals on: they come twice
+        if self.stop_signal and not dist.is_initialized():  # torchrun's come twice
             raise KeyboardInterrupt
         self.stop_signal = number
         self.bar.set_description("stopping after this step (again: at once)")
@@ -1345,7 +1354,8 @@ class Run:
             self.write_report(results, samples)
             self.metrics.close()
             write_file(self.out / "eval.json", json.dumps(results, indent=2))
-            (self.out / "checkpoint.pt").unlink(missing_ok=True)
+            for name in ("checkpoint.pt", "checkpoint.pt.tmp"):  # a kill leaves the other
+                (self.out / name).unlink(missing_ok=True)
 
 def write_file(path, content):
     """Text, or else by torch.save. Whoever looks sees the old file or the new one, whole."""
@@ -1382,7 +1392,7 @@ def choose_device(name):
     """`auto` is CUDA where there is one, one for each process. UserError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if "WORLD_SIZE" in os.environ:  # torchrun's
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun's
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     if name == "cuda" and dist.is_initialized():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1392,11 +1402,15 @@ def choose_device(name):
         torch.cuda.set_device(device)  # what memory statistics speak of
     return device
 
-class Output(io.TextIOBase):
+class Output:
     """stdout that never ends a run: what cannot be encoded is replaced, a closed pipe is left."""
 
     def __init__(self, stream):
         self.stream = stream
+        stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):  # a user's function may ask for its encoding, say
+        return getattr(self.stream, name)
 
     def write(self, text):
         try:
@@ -1417,8 +1431,8 @@ def command_line(config_class, main, doc):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another's names
-    sys.stdout.reconfigure(errors="replace")
-    silent = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+    # Of several processes the first one speaks; and there may be no stdout.
+    silent = os.environ.get("RANK", "0") != "0" or sys.stdout is None
     try:
         with redirect_stdout(Output(open(os.devnull, "w") if silent else sys.stdout)):
             main(cfg)

@@ -97,13 +97,12 @@ def test_prompt_and_responses_of_every_form(row, expected):
 
 @pytest.mark.parametrize("row, says", [
     (dict(other="a"), "prompt"), (dict(prompt="a"), "no completion and no assistant message"),
-    (dict(prompt=3), '"prompt"'), (dict(prompt=[dict(content="a")]), '"prompt"'),
-    (dict(messages="text"), ""), (dict(messages=user("a") + [None]), "messages"),
-    *[(dict(messages=user(["a"]) + [turn]), "messages") for turn in assistant("b") + assistant(5)],
+    *[(dict(prompt=x), '"prompt"') for x in (3, [dict(content="a")], user("a")[0], ["a"])],
+    *[(dict(messages=user("a") + [x]), "messages") for x in (None, dict(role="user"), *user(["a"]))],
     (dict(messages=user("a") + assistant([dict(type="image")])), "messages"),
-    (dict(prompt=user("a") + assistant(5), completion="b"), '"prompt"'),
+    *[(dict(prompt=user("a") + assistant(x), completion="b"), '"prompt"') for x in (5, 0, {})],
     (dict(chosen="yes", rejected="no"), "prompt"), (dict(chosen="a"), "rejected"),
-    (dict(messages=[dict(role="user", text="a")]), "messages"), (dict(responses=["b", 3]), "resp"),
+    (dict(messages="text"), ""), *[(dict(responses=x), '"resp') for x in (["b", 3], "b3", {})],
     (dict(chosen=f"{HUMAN} b", rejected=HUMAN.replace("Hi", "Ho") + " b"), "prompt"),
     (dict(chosen=DIALOGUE[:2], rejected=DIALOGUE[2:]), "different prompts"),
     (dict(conversations=[{"from": "human", "value": "a"}]), '"conv.*"messages", of role'),
@@ -197,7 +196,7 @@ def test_messages_are_the_templates_rendering_in_two_parts(template, begun, aske
     (None, user("a"), "b", "chat_template is not set"), (BARE, user(""), "", "no token to learn"),
     ("{{ raise_exception('no way') }}", user("a"), "b", "chat template: .*no way"),
     (CHATML, user("a"), DIALOGUE[1:], "be one, of"), (CHATML, user("a"), [], "be one, of the ass"),
-    (CHATML, "a", [dict(role="assistant", tool_calls=[{}])], "tool call needs a prompt in mess"),
+    *[(CHATML, x, [dict(role="assistant", tool_calls=[1])], "tool call") for x in ("", user("a"))],
     (CHATML, user("a") + [dict(role="assistant", content="b", tool_calls=[{}])], "", "a tool call"),
     (CHATML, "a", "\ud800", ""), (CHATML, user("\ud800"), "b", ""),
 ])  # fmt: skip

@@ -55,7 +55,7 @@ BAD = [
     ("sft", "--resume --overwrite", "give one of them"),
     ("ppo", "--gold_fn rule.py", "expected file.py:function"),
     ("sft", "--out rule.py", "File exists: 'rule.py'"),
-    ("sft", "--out . --overwrite", "is not empty, and its run.json"),
+    ("sft", "--out MINE", "is not empty, and its run.json"),
     ("sft", "--out THEIRS --overwrite", "is not empty, and its run.json"),
     ("ppo", "--policy REWARD", "Classification, where a causal"),
     ("ppo", "--ptx_coef 0.1 --ptx_data prompts.jsonl", "prompts.jsonl:1"),
@@ -112,8 +112,9 @@ def bad(tmp_path_factory, data, sft_folder, reward_folder):
     """A folder with the good files and some that are not; read it only."""
     folder = tmp_path_factory.mktemp("bad")
     shutil.copytree(data, folder, dirs_exist_ok=True)
-    (folder / "THEIRS").mkdir()
-    (folder / "THEIRS/run.json").write_text('{"out": "of another program"}')
+    for path in (folder / "THEIRS/run.json", folder / "MINE/metrics.jsonl"):
+        path.parent.mkdir()
+        path.write_text('{"out": "of another program"}')
     (folder / "rules.py").write_text(RULES)
     (folder / "leaves.py").write_text("import sys\nsys.exit('bye')\n")
     for name, model in dict(SFT=sft_folder, REWARD=reward_folder, CUT=sft_folder).items():
