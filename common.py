@@ -59,7 +59,8 @@ def reading(what, error=UserError):
     except (Exception, SystemExit) as problem:  # a user's function may call exit()
         calls = traceback.extract_tb(problem.__traceback__)
         lines = [f":{call.lineno}" for call in calls if call.filename == str(what)]  # of a script
-        kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
+        says_itself = isinstance(problem, ValueError) and str(problem)  # what was expected
+        kind = "" if says_itself else f"{type(problem).__name__}: "
         message = f"{kind}{problem}".strip().partition("\n")[0]
         raise error(f"{what}{''.join(lines[-1:])}: {message}") from problem
 
