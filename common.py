@@ -233,10 +233,10 @@ class Policy(torch.nn.Module):
                 else:
                     outputs = self.head_logprobs(*inputs)
                 parts.append(outputs)  # (log-probs, entropies), at most 1,024 each
-        zeros = torch.zeros(ids.numel(), device=ids.device)  # (B * T,)
+        zeros = torch.zeros(ids.shape, device=ids.device)  # (B, T)
+        where = at // ids.shape[1], at % ids.shape[1]  # rows and columns
         logprobs, entropy = map(torch.cat, zip(*parts))  # (N,), (N,)
-        logprobs = zeros.index_put((at,), logprobs).view_as(ids)  # (B, T)
-        return logprobs, zeros.index_put((at,), entropy).view_as(ids)
+        return zeros.index_put(where, logprobs), zeros.index_put(where, entropy)
 
 def head_logprobs(head, hidden, tokens, temperature):
     """Hidden states (N, d) and the tokens after them (N,) -> log-probs and entropies, (N,) each."""
