@@ -132,7 +132,7 @@ def take(batch, rows, device):
     used = batch["mask"][rows].any(0)  # (T,); a response ends its sequence
     T = int(used.nonzero().max()) + 1
     part = {key: x[rows, :T] for key, x in batch.items() if key != "at"}
-    part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,); on a GPU this would wait
+    part["at"] = part["mask"].flatten().nonzero().squeeze(1)  # (N,); on a GPU nonzero() would wait
     return {key: x.to(device, non_blocking=True) for key, x in part.items()}
 
 def micro_batches(rows, lengths, max_tokens):
@@ -182,7 +182,7 @@ def token_budget(cfg, device):
 
 class Policy(torch.nn.Module):
     """A causal LM: Policy(lm)(batch, temperature) -> (logprobs, entropy), each (B, T) float32: of
-    the response tokens under softmax(logits / temperature), and 0 where the mask is.
+    the response tokens under softmax(logits / temperature), and 0 elsewhere.
     Only the hidden states before response tokens reach the LM head, 1,024 at a time, and each chunk
     is computed again in the backward pass: the float32 logits (B, T, V), larger than all else,
     never exist. A model is not `usual` if it scales its logits or has windows shorter than
@@ -328,8 +328,8 @@ def load_model(kind, path, device, frozen, new_head=False):
     if ("ForSequenceClassification" in architecture) != (needed == "a reward model"):
         raise UserError(f"{path}: {architecture}, where {needed} is needed")
     missing = set(found["missing_keys"])
-    if new_head:
-        missing.discard("score.weight")
+    if new_head and "score.weight" in missing:  # an encoder's head has another name
+        missing.remove("score.weight")
         lm.score.weight.data.zero_()  # (1, d)
     layers = lm.config.get_text_config().num_hidden_layers
     problems = {
@@ -680,7 +680,7 @@ def prepare(module, cfg, shard=True):
     lists = [part for part in module.lm.modules() if isinstance(part, torch.nn.ModuleList)]
     layers = max(lists, key=len, default=[])  # the transformer layers are the longest list
     if device.type == "cpu" and size < 5e6 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a second gains a third, and loses tenfold on busy cores
+        torch.set_num_threads(1)  # a second thread gains a third; on busy cores it loses tenfold
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and size > 50e6):
         torch._dynamo.config.recompile_limit = 64  # all models of a family count together
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
@@ -704,15 +704,14 @@ def make_optimizer(module, cfg, lr):
     trained = [p for p in prepare(module, cfg).parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-def read_stats(totals, **grad_norm):
+def read_stats(totals, norm, name="grad_norm"):
     """Scalars, summed over the processes, and the norm of a gradient, as floats: the one time in an
     optimiser step that the host waits for the device. UserError where one is not finite.
     """
-    [norm] = grad_norm.values()  # its name is the keyword: grad_norm or vf_grad_norm
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # it is of all processes
     numbers = [*all_sum(torch.stack(list(totals.values()))), norm.detach()]
-    stats = dict(zip([*totals, *grad_norm], torch.stack(numbers).tolist()))
-    check_finite(stats, "the weights were not touched: try a lower rate or a longer --warmup")
+    stats = dict(zip([*totals, name], torch.stack(numbers).tolist()))
+    check_finite(stats, "this update was not made: try a lower rate or a longer --warmup")
     return stats
 
 def check_finite(numbers, then):
@@ -894,8 +893,8 @@ def encode(tokenizer, prompt, response, row={}, ends=(), max_tokens=math.inf):
     """Prompt and response, each text or messages, as an example: dict(ids, mask), lists of T.
     They are tokenised apart, as generation sees them. A response in messages is the text that the
     chat template adds to the prompt. It ends with the token at which generation would: EOS, which
-    is added, or before it one of the ids `ends`. Raises Unlearnable for an empty response, for more
-    than `max_tokens` and where the template fails; ValueError for a tool call after a text.
+    is added, or before it one of the ids `ends`. Raises Unlearnable where no token is left to
+    learn, above `max_tokens` and where the template fails; ValueError for a tool call after text.
     """
     turn = dict(role="assistant", content=response)
     if isinstance(response, list):
@@ -1135,11 +1134,11 @@ def compare(prompts, **answers):
     means = {key: sum(numbers) / len(numbers) for key, numbers in lists.items()}
     return rows, dict(n=len(prompts)) | means
 
-def print_answers(results, rows):
+def print_answers(results, samples):
     """The numbers of eval.json, then some of the answers side by side."""
     for key, number in results.items():
         print(f"  {key:36}{number:8.3f}" if isinstance(number, float) else f"  {key:36}{number}")
-    for row in rows[:: max(1, len(rows) // 6)]:  # six or a few more, spread over all
+    for row in samples[:: max(1, len(samples) // 6)]:  # six or a few more, spread over all
         print(f"\n  {str(row['prompt'])[-300:]}")  # characters
         for name, text in row.items():
             if isinstance(text, str) and name != "prompt":
@@ -1183,7 +1182,7 @@ class Settings:
 
 FREE = ("out", "resume", "overwrite", "save_every", "device")  # may change in a resumed run
 INPUTS = "model policy ref reward reward_fn gold_fn data eval_data pairs ptx_data".split()  # files
-# What a run writes into its folder. --overwrite removes these, and nothing else.
+# What a run writes beside run.json and metrics.jsonl. --overwrite removes these, nothing else.
 OWN_FILES = """eval.json checkpoint.pt candidates.jsonl eval_candidates.jsonl sft.jsonl dpo.jsonl
     samples.jsonl report.html config.json generation_config.json model.safetensors
     model-*-of-*.safetensors model.safetensors.index.json chat_template.jinja tokenizer.json

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import common
-from common import flag, masked_mean, masked_variance, whiten  # flag: default, help, limits
+from common import flag, gae, masked_mean, masked_variance, whiten  # flag: default, help, limits
 
 @dataclass
 class Config(common.Settings):  # what all stages share: folder, seed, device, LoRA, ...
@@ -278,13 +278,13 @@ def rollout_metrics(rollout, sampler_logprobs):
     return metrics
 
 def main(cfg):  # Algorithm 1
-    B, expected = cfg.batch_size, "--batch_size: expected a multiple of"
+    B = cfg.batch_size
     by_value = cfg.advantage == "gae"
     per_prompt = 1 if by_value else cfg.group  # answers to each prompt of a rollout
     if B % cfg.minibatches:
-        raise common.UserError(f"{expected} --minibatches {cfg.minibatches}")
+        raise common.UserError(f"--batch_size: no multiple of --minibatches {cfg.minibatches}")
     if B % per_prompt:
-        raise common.UserError(f"{expected} --group {per_prompt}")
+        raise common.UserError(f"--batch_size: no multiple of --group {per_prompt}")
     of_gae = ["gamma", "lam", "whiten", "value_lr", "value_warmup", "cliprange_value"]
     names = ["group"] if by_value else of_gae
     given, default = asdict(cfg), asdict(Config())
@@ -316,13 +316,13 @@ def main(cfg):  # Algorithm 1
     gold = common.load_gold(cfg, cfg.data, tokenizer)  # a judge for the metrics, or None
 
     models = [model for model in (policy, ref, value, reward) if model]
-    eos = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
+    ends = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
     prompts = common.load_prompts(train_rows, tokenizer, cfg, *models)  # that fit all models
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
     if cfg.ptx_coef:
         rows = common.read_jsonl(cfg.ptx_data)
         room = min(limit, common.context_length(policy.lm))
-        demonstrations = common.load_demonstrations(rows, tokenizer, eos, room)
+        demonstrations = common.load_demonstrations(rows, tokenizer, ends, room)
 
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     slots = min(cfg.slots, B // common.world_size())  # each process samples its share
@@ -332,7 +332,7 @@ def main(cfg):  # Algorithm 1
     if value:
         value_optimizer = common.make_optimizer(value, cfg, cfg.value_lr)
         trained["value"] = (value, value_optimizer)
-    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
+    sampler = common.Sampler(sampling, ends, cfg.max_new_tokens, longest, cfg.temperature, slots)
     evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
     before = common.answer_prompts(*evaluation)  # of the policy as it starts, in a resumed run too
     coefs = dict(kl_coef=cfg.kl_coef, beta=cfg.beta)  # what the two KL controllers move
@@ -360,7 +360,7 @@ def main(cfg):  # Algorithm 1
 
         # 2. Score: the reward model reads each answer; every token pays for leaving the reference.
         scores = score(questions, responses)  # (B,)
-        ended = torch.tensor([float(response[-1] in eos) for response in responses])  # (B,)
+        ended = torch.tensor([float(response[-1] in ends) for response in responses])  # (B,)
         penalised = scores - cfg.missing_eos_penalty * (1 - ended)  # of those cut at the limit
         rollout = make_rollout(queries, responses, policy, ref, value, cfg)
         mask = rollout["mask"]  # (B, T)
@@ -369,9 +369,9 @@ def main(cfg):  # Algorithm 1
 
         # 3. Advantages: how much better than expected each token did.
         if value:
-            advantages, rollout["returns"] = common.gae(  # (B, T), (B, T)
-                rewards, rollout["old_values"], mask, cfg.gamma, cfg.lam
-            )
+            values = rollout["old_values"]
+            advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)  # (B, T) each
+            rollout["returns"] = returns
             advantages = whiten(advantages, mask, scale=cfg.whiten)  # over the whole rollout
             if cfg.objective == "pg":  # (8.8): the episode's total reward R, with no baseline
                 advantages = rewards.sum(1, keepdim=True) * mask
@@ -393,13 +393,13 @@ def main(cfg):  # Algorithm 1
                 for batch, share in batches:
                     logprobs, _ = policy(batch, cfg.temperature)  # (b, t), of pi
                     loss, measured = policy_loss(
-                        logprobs,
+                        logprobs,  # of pi
                         batch["old_logprobs"],
                         batch["advantages"],
                         batch["mask"],
-                        objective=cfg.objective,
-                        cliprange=cfg.cliprange,
-                        beta=coefs["beta"],
+                        cfg.objective,
+                        cfg.cliprange,
+                        coefs["beta"],
                     )
                     (loss * share).backward()
                     totals["pg_loss"] += loss.detach() * share
@@ -409,11 +409,10 @@ def main(cfg):  # Algorithm 1
                     update = (step - 1) * epochs * cfg.minibatches + len(history) + 1
                     ptx_backward(policy, demonstrations, update, totals, cfg)
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                stats = common.read_stats(totals, grad_norm=norm)  # floats; raises where not finite
+                stats = common.read_stats(totals, norm)  # floats; raises where not finite
                 if step > value_warmup:
                     policy_optimizer.step()
                 policy_optimizer.zero_grad()  # only one model at a time holds gradients
-                history.append(stats)  # the value model's are added below
 
                 if value:
                     totals = defaultdict(float)
@@ -427,9 +426,10 @@ def main(cfg):  # Algorithm 1
                         totals["vf_loss"] += loss.detach() * share
                         totals["vf_clipfrac"] += clipfrac * share
                     norm = torch.nn.utils.clip_grad_norm_(value.parameters(), cfg.max_grad_norm)
-                    stats |= common.read_stats(totals, vf_grad_norm=norm)
+                    stats |= common.read_stats(totals, norm, "vf_grad_norm")
                     value_optimizer.step()
                     value_optimizer.zero_grad()
+                history.append(stats)
             if cfg.stop_kl and stats["approx_kl"] > cfg.stop_kl:
                 break
         updated = time.perf_counter()
@@ -468,7 +468,7 @@ def main(cfg):  # Algorithm 1
 
     after = common.answer_prompts(*evaluation)
     samples, results = common.compare(eval_prompts, before=before, after=after)
-    results["kl"] = sum(after["kl"]) / len(after["kl"])  # to the reference, nats a response
+    results["kl"] = sum(after["kl"]) / len(eval_prompts)  # to the reference, nats a response
     run.finish(policy, tokenizer, results, samples)
     common.print_answers(results, samples)
 

@@ -149,15 +149,15 @@ def sample_and_score(sampler, score, prompts, key, cfg):
     answers = [(i // cfg.n, tuple(response)) for i, response in enumerate(responses)]
     different = sorted(set(answers))  # each scored once: padding may not give equals equal scores
     asked = [prompts[i] for i, _ in different]  # i: number of the prompt
-    scores = score(asked, [list(response) for _, response in different])
-    score_of = dict(zip(different, scores.tolist()))
+    found = score(asked, [list(response) for _, response in different])
+    score_of = dict(zip(different, found.tolist()))
     candidates = []
     for i, prompt in enumerate(prompts):
         own = responses[i * cfg.n : (i + 1) * cfg.n]
         scores = [score_of[i, tuple(response)] for response in own]
         ended = [response[-1] in sampler.eos_ids for response in own]  # not cut at the limit
         penalties = [0.0 if whole else cfg.missing_eos_penalty for whole in ended]
-        rewards = [score - penalty for score, penalty in zip(scores, penalties)]  # to choose by
+        rewards = [r - penalty for r, penalty in zip(scores, penalties)]  # to choose by
         group = dict(prompt=prompt["prompt"], prompt_ids=prompt["ids"], responses=own)
         candidates.append(group | dict(scores=scores, ended=ended, rewards=rewards))
     return candidates
@@ -196,7 +196,7 @@ def answer(cfg, device):
     tokenizer = common.load_tokenizer(cfg.policy, policy.lm)
     common.prepare(policy.requires_grad_(False), cfg)  # compiled, where asked for
     score, _ = common.load_score(cfg, policy, tokenizer)
-    eos = common.stop_ids(policy.lm, tokenizer)
+    ends = common.stop_ids(policy.lm, tokenizer)
     lines = [cfg.prompt]
     if cfg.prompt == "-":
         lines = (line.rstrip("\n") for line in sys.stdin)  # each answered as it comes
@@ -205,7 +205,7 @@ def answer(cfg, device):
         prompts = common.load_prompts(rows, tokenizer, cfg, policy)
         longest = len(prompts[0]["ids"]) + cfg.max_new_tokens
         slots = min(cfg.slots, cfg.n)
-        sampler = common.Sampler(policy, eos, cfg.max_new_tokens, longest, cfg.temperature, slots)
+        sampler = common.Sampler(policy, ends, cfg.max_new_tokens, longest, cfg.temperature, slots)
         key = (cfg.seed, "prompt", number)
         [found] = sample_and_score(sampler, score, prompts, key, cfg)
         sampler.close()
@@ -317,11 +317,11 @@ def main(cfg):
         cfg = replace(cfg, reward=cfg.reward or "out/reward")
     device = common.choose_device(cfg.device)
     trains = cfg.loss != "none"
-    rso = cfg.method == "rso" and not cfg.pairs and not cfg.prompt
-    if rso and cfg.num_samples >= cfg.n:
+    selects = not cfg.pairs and not cfg.prompt
+    if selects and cfg.method == "rso" and cfg.num_samples >= cfg.n:
         why = f"of {cfg.n} answers (--n) none would be rejected"
         raise common.UserError(f"--num_samples {cfg.num_samples}: {why}")
-    if trains and cfg.method == "best_of_n" and cfg.n == 1 and not cfg.prompt:
+    if selects and trains and cfg.method == "best_of_n" and cfg.n == 1:
         raise common.UserError("--n 1: no two answers, so no pair to learn from (--loss none)")
     if cfg.pairs and (not trains or cfg.prompt):
         raise common.UserError("--pairs trains on pairs: it goes with no --loss none, no --prompt")
@@ -349,19 +349,20 @@ def main(cfg):
         score, reward = common.load_score(cfg, policy, tokenizer)
     models = [model for model in (policy, reward) if model]  # that must have room for a prompt
     gold = common.load_gold(cfg, data, tokenizer)  # a judge for the results, or None
-    eos = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
+    ends = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
     eval_prompts = common.load_prompts(eval_rows, tokenizer, cfg, *models)
     prompts = [] if cfg.pairs else common.load_prompts(rows, tokenizer, cfg, *models)
     if cfg.pairs:
         room = min(cfg.max_length, common.context_length(policy.lm))  # tokens
-        pairs = load_pairs(rows, tokenizer, eos, room)
+        pairs = load_pairs(rows, tokenizer, ends, room)
         eval_rows = [row for row in eval_rows if "chosen" in row]
-        eval_pairs = load_pairs(eval_rows, tokenizer, eos, room) if eval_rows else []
+        eval_pairs = load_pairs(eval_rows, tokenizer, ends, room) if eval_rows else []
 
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     sampling = common.sampling_copy(policy, cfg)  # the policy itself, or a copy
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)
-    sampler = common.Sampler(sampling, eos, cfg.max_new_tokens, longest, cfg.temperature, cfg.slots)
+    sizes = cfg.max_new_tokens, longest, cfg.temperature, cfg.slots
+    sampler = common.Sampler(sampling, ends, *sizes)
     evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
     answers, results = dict(before=common.answer_prompts(*evaluation)), {}
     run.begin(policy=(policy, optimizer))  # what a checkpoint holds; --resume loads it
@@ -411,8 +412,8 @@ def main(cfg):
                 totals["margin"] += cfg.beta * (up - down).mean() * share
                 totals["chosen_logratio"] += up.mean() * share
                 totals["rejected_logratio"] += down.mean() * share
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            stats = common.read_stats(totals, grad_norm=grad_norm)  # raises where not finite
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            stats = common.read_stats(totals, norm)  # raises where not finite
             optimizer.step()
             optimizer.zero_grad()
             run.log(("loss", "accuracy", "margin"), lr=lr, **stats)

@@ -112,14 +112,15 @@ def load_judgements(cfg, tokenizer, ends, max_length):
     data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
     train_rows, eval_rows = common.read_split(data, cfg.eval_data, "eval_pairs.jsonl")
 
-    def read(form, row):
+    def read(form, source, row):
         judgement = read_judgement(tokenizer, ends, max_length, row)
         if judgement.form != form:
-            raise ValueError(f"{judgement.form} data, expected {form} (--loss {cfg.loss})")
+            raise ValueError(f"{judgement.form} data, expected {form} ({source})")
         return judgement
 
-    judgements = common.read_all(train_rows, partial(read, cfg.loss), "judgements")
-    read_held_out = partial(read, form_of(eval_rows[0]))  # one form, maybe not that of --loss
+    read_training = partial(read, cfg.loss, f"--loss {cfg.loss}")
+    read_held_out = partial(read, form_of(eval_rows[0]), "as the first line")  # maybe not --loss
+    judgements = common.read_all(train_rows, read_training, "judgements")
     return judgements, common.read_all(eval_rows, read_held_out, "held-out judgements")
 
 def judgement_loss(form, scores, judgements):
@@ -205,8 +206,8 @@ def main(cfg):
     device = common.choose_device(cfg.device)
     run = common.Run(cfg)  # the folder --out: metrics, checkpoints, the result
     scorer, tokenizer, ends = new_reward_model(cfg, device)
-    limit = min(cfg.max_length, common.context_length(scorer.lm))  # tokens
-    judgements, held_out = load_judgements(cfg, tokenizer, ends, limit)
+    room = min(cfg.max_length, common.context_length(scorer.lm))  # tokens
+    judgements, held_out = load_judgements(cfg, tokenizer, ends, room)
     lengths = [len(j.examples) * longest(j) for j in judgements]  # the K of one stay together
     budget = common.token_budget(cfg, device)  # padded tokens a forward
 
@@ -230,8 +231,8 @@ def main(cfg):
             loss = judgement_loss(cfg.loss, scorer.last(batch), some)
             (loss * share).backward()
             total += loss.detach() * share
-        grad_norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm)
-        stats = common.read_stats(dict(loss=total), grad_norm=grad_norm)  # raises where not finite
+        norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), cfg.max_grad_norm)
+        stats = common.read_stats(dict(loss=total), norm)  # raises where not finite
         optimizer.step()
         optimizer.zero_grad()
         run.log(("loss", "lr"), lr=lr, **stats)

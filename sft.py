@@ -112,10 +112,10 @@ def main(cfg):
         tokenizer = new_tokenizer(texts_of(train_rows))
         policy = common.Policy(new_model(tokenizer, cfg.seed).to(device))
 
-    limit = min(cfg.max_length, common.context_length(policy.lm))  # tokens
+    room = min(cfg.max_length, common.context_length(policy.lm))  # tokens
     ends = common.stop_ids(policy.lm, tokenizer)  # ids that end a response
-    examples = common.load_demonstrations(train_rows, tokenizer, ends, limit)
-    held_out = common.load_demonstrations(eval_rows, tokenizer, ends, limit)
+    examples = common.load_demonstrations(train_rows, tokenizer, ends, room)
+    held_out = common.load_demonstrations(eval_rows, tokenizer, ends, room)
     lengths = [len(example["ids"]) for example in examples]
     budget = common.token_budget(cfg, device)  # padded tokens a forward
 
@@ -130,9 +130,7 @@ def main(cfg):
     for step in run.steps(steps):
         lr = common.set_lr(optimizer, cfg.lr, step, steps, cfg)
         indices = common.epoch_batch(len(examples), cfg.batch_size, step, cfg.seed)
-        tokens = 0  # to be learned, of the whole batch: each weighs the same, however it is cut
-        for i in indices:
-            tokens += sum(examples[i]["mask"])
+        tokens = sum(sum(examples[i]["mask"]) for i in indices)  # to be learned, in the whole batch
         total = 0.0  # the batch's mean loss, a tensor on the device
         for part in common.micro_batches(indices, lengths, budget):
             batch = common.collate([examples[i] for i in part], device)
@@ -140,8 +138,8 @@ def main(cfg):
             loss = -logprobs.sum() / tokens  # the parts add up to the batch's mean
             loss.backward()
             total += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        stats = common.read_stats(dict(loss=total), grad_norm=grad_norm)  # raises where not finite
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        stats = common.read_stats(dict(loss=total), norm)  # raises where not finite
         optimizer.step()
         optimizer.zero_grad()
         run.log(("loss", "lr"), lr=lr, tokens=tokens, **stats)

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # Aims: common.py 1,000, all five 2,400, 10 tokens a line. What is not reached does not grow back.
 LIMITS = {
-    "common.py": 1448, "ppo.py": 480, "rejection_sample.py": 450, "reward.py": 290, "sft.py": 190,
+    "common.py": 1447, "ppo.py": 480, "rejection_sample.py": 450, "reward.py": 290, "sft.py": 190,
     "README.md": 220,
 }  # fmt: skip
 CODE = {name: (ROOT / name).read_text(encoding="utf-8") for name in LIMITS if name != "README.md"}
@@ -40,7 +40,7 @@ def count(text):
 def test_lines():
     lines = {name: lines_of(name) for name in LIMITS}
     assert {name: n for name, n in lines.items() if n > LIMITS[name]} == {}
-    assert sum(lines[name] for name in CODE) <= 2766
+    assert sum(lines[name] for name in CODE) <= 2765
     assert sum(map(lines_of, [*ROOT.glob("tests/test_*.py"), "tests/conftest.py"])) <= 3500
 
 def test_density():
