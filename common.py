@@ -1084,11 +1084,11 @@ def text_score(reward, reward_tokenizer, policy, tokenizer, cfg):
     return score
 
 def both_logprobs(policy, ref, batch, temperature):
-    """Log-probs of the policy and, without gradients, of the frozen reference: (B, T), (B, T)."""
-    logprobs, _ = policy(batch, temperature)
-    with torch.no_grad(), without_adapter(ref):
+    """Log-probs of the policy and of the frozen reference, the policy's entropy: (B, T) each."""
+    logprobs, entropy = policy(batch, temperature)
+    with torch.no_grad(), without_adapter(ref):  # with LoRA the reference may be the policy
         ref_logprobs, _ = ref(batch, temperature)
-    return logprobs, ref_logprobs
+    return logprobs, ref_logprobs, entropy
 
 @torch.no_grad()
 def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
@@ -1101,7 +1101,7 @@ def answer_prompts(policy, sampler, ref, prompts, tokenizer, score, gold, cfg):
     seed_global(cfg.seed, "answers")  # for what the score may draw
 
     def kl_of(batch):
-        logprobs, ref_logprobs = both_logprobs(policy, ref, batch, cfg.temperature)
+        logprobs, ref_logprobs, _ = both_logprobs(policy, ref, batch, cfg.temperature)
         return (logprobs - ref_logprobs).sum(1)  # (b,), nats a response
 
     examples = list(map(join, ids, responses))

@@ -183,16 +183,13 @@ def make_rollout(queries, responses, policy, ref, value, cfg):
     examples = [common.join(query, response) for query, response in zip(queries, responses)]
 
     def measure(batch):  # a micro-batch on the device; no gradients
-        logprobs, entropy = policy(batch, cfg.temperature)  # (b, t), (b, t)
-        with common.without_adapter(ref):  # with LoRA the reference is the policy
-            ref_logprobs, _ = ref(batch, cfg.temperature)
-        tensors = [logprobs, ref_logprobs, entropy]
+        tensors = list(common.both_logprobs(policy, ref, batch, cfg.temperature))  # (b, t) each
         if value:
             tensors.append(state_values(value(batch)) * batch["mask"])
         return torch.stack(tensors, dim=-1)  # (b, t, 3 or 4)
 
     measured = common.evaluate(measure, examples, cfg, policy.lm.device)  # (B, T, 3 or 4)
-    names = ["old_logprobs", "ref_logprobs", "entropy", "old_values"]
+    names = ["old_logprobs", "ref_logprobs", "entropy", "old_values"]  # as in `tensors`
     tensors = measured.unbind(-1)  # 3 or 4 of (B, T)
     return common.collate(examples) | dict(zip(names, tensors))
 
@@ -225,13 +222,16 @@ def ptx_backward(policy, demonstrations, update, totals, cfg):
 
 def print_samples(run, questions, responses, scores, rollout, tokenizer, cfg):
     """Now and then: two answers, and with --trace the first one token by token."""
+    sampled, traced = (n and run.step % n == 0 for n in (cfg.sample_every, cfg.trace))
+    if not sampled and not traced:
+        return
     queries = [question["ids"] for question in questions[:2]]
     asked = [tokenizer.decode(query, skip_special_tokens=True)[-200:] for query in queries]
-    if cfg.sample_every and run.step % cfg.sample_every == 0:
+    if sampled:
         for question, response, score in zip(asked, responses, scores):
             text = tokenizer.decode(response, skip_special_tokens=True)[:200]
             run.bar.write(f"  {question}  ->  {text}  ({score:.2f})")
-    if cfg.trace and run.step % cfg.trace == 0:
+    if traced:
         run.bar.write(f"step {run.step}: {asked[0]}\n{trace_table(tokenizer, rollout)}")
 
 def trace_table(tokenizer, rollout):
@@ -393,14 +393,9 @@ def main(cfg):  # Algorithm 1
                 for batch, share in batches:
                     logprobs, _ = policy(batch, cfg.temperature)  # (b, t), of pi
                     loss, measured = policy_loss(
-                        logprobs,  # of pi
-                        batch["old_logprobs"],
-                        batch["advantages"],
-                        batch["mask"],
-                        cfg.objective,
-                        cfg.cliprange,
-                        coefs["beta"],
-                    )
+                        logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"],
+                        cfg.objective, cfg.cliprange, coefs["beta"],
+                    )  # fmt: skip
                     (loss * share).backward()
                     totals["pg_loss"] += loss.detach() * share
                     for name, mean in measured.items():

@@ -302,7 +302,7 @@ def held_out_accuracy(policy, ref, pairs, cfg):
     """Share of pairs with h > 0: those the policy moved the right way, a tie counts half."""
 
     def logratio(batch):
-        logprobs, ref_logprobs = common.both_logprobs(policy, ref, batch, cfg.temperature)
+        logprobs, ref_logprobs, _ = common.both_logprobs(policy, ref, batch, cfg.temperature)
         return logprobs.sum(1) - ref_logprobs.sum(1)
 
     examples = [example for pair in pairs for example in pair]
@@ -361,8 +361,9 @@ def main(cfg):
     longest = max(len(p["ids"]) for p in prompts + eval_prompts) + cfg.max_new_tokens
     sampling = common.sampling_copy(policy, cfg)  # the policy itself, or a copy
     optimizer = common.make_optimizer(policy, cfg, cfg.lr)
-    sizes = cfg.max_new_tokens, longest, cfg.temperature, cfg.slots
-    sampler = common.Sampler(sampling, ends, *sizes)
+    sampler = common.Sampler(
+        sampling, ends, cfg.max_new_tokens, longest, cfg.temperature, cfg.slots
+    )
     evaluation = (policy, sampler, ref, eval_prompts, tokenizer, score, gold, cfg)
     answers, results = dict(before=common.answer_prompts(*evaluation)), {}
     run.begin(policy=(policy, optimizer))  # what a checkpoint holds; --resume loads it
@@ -397,8 +398,8 @@ def main(cfg):
             for part in common.micro_batches(indices, lengths, budget):
                 examples = [example for i in part for example in pairs[i]]  # chosen, rejected, ...
                 batch = common.collate(examples, device)
-                logprobs, ref_logprobs = common.both_logprobs(policy, ref, batch, cfg.temperature)
-                logprobs, ref_logprobs = logprobs.sum(1), ref_logprobs.sum(1)  # (2b,), (2b,)
+                logs, ref_logs, _ = common.both_logprobs(policy, ref, batch, cfg.temperature)
+                logprobs, ref_logprobs = logs.sum(1), ref_logs.sum(1)  # (2b, t) -> (2b,)
                 chosen, rejected = logprobs[0::2], logprobs[1::2]  # (b,), (b,)
                 ref_chosen, ref_rejected = ref_logprobs[0::2], ref_logprobs[1::2]
                 loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss)

@@ -104,9 +104,6 @@ def read_judgement(tokenizer, ends, max_length, row):
             raise common.Unlearnable("the same response throughout" if same else "nothing but ties")
     return Judgement(examples, targets, form)
 
-def longest(judgement):
-    return max(len(example["ids"]) for example in judgement.examples)  # tokens
-
 def load_judgements(cfg, tokenizer, ends, max_length):
     """Training and held-out judgements; the training ones must fit --loss."""
     data = cfg.data or str(common.EMBEDDED / EMBEDDED_DATA[cfg.loss])
@@ -208,7 +205,10 @@ def main(cfg):
     scorer, tokenizer, ends = new_reward_model(cfg, device)
     room = min(cfg.max_length, common.context_length(scorer.lm))  # tokens
     judgements, held_out = load_judgements(cfg, tokenizer, ends, room)
-    lengths = [len(j.examples) * longest(j) for j in judgements]  # the K of one stay together
+    lengths = []  # padded tokens of each judgement, whose K responses stay together
+    for judgement in judgements:
+        longest = max(len(example["ids"]) for example in judgement.examples)
+        lengths.append(len(judgement.examples) * longest)
     budget = common.token_budget(cfg, device)  # padded tokens a forward
 
     optimizer = common.make_optimizer(scorer, cfg, cfg.lr)
@@ -226,7 +226,7 @@ def main(cfg):
         for part in common.micro_batches(indices, lengths, budget):
             some = [judgements[i] for i in part]
             examples = [example for judgement in some for example in judgement.examples]
-            batch = common.collate(examples, device)  # (b * K, T)
+            batch = common.collate(examples, device)  # (b * K, t)
             share = len(some) / len(indices)  # every judgement weighs the same
             loss = judgement_loss(cfg.loss, scorer.last(batch), some)
             (loss * share).backward()

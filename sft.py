@@ -134,7 +134,7 @@ def main(cfg):
         total = 0.0  # the batch's mean loss, a tensor on the device
         for part in common.micro_batches(indices, lengths, budget):
             batch = common.collate([examples[i] for i in part], device)
-            logprobs, _ = policy(batch)  # (b, T), 0 on the prompt and on padding
+            logprobs, _ = policy(batch)  # (b, t), 0 on the prompt and on padding
             loss = -logprobs.sum() / tokens  # the parts add up to the batch's mean
             loss.backward()
             total += loss.detach()

@@ -377,11 +377,11 @@ def test_prompts_keep_their_keys_and_leave_room_for_an_answer(capsys):
     rows = [dict(prompt=text, completion="x", where="f:1") for text in ("How?", "the sea " * 20)]
     ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
     n, expected = len(ids[1]), [dict(row, ids=own) for row, own in zip(rows, ids)]
-    left_out = f"1 of 2 prompts left out, such as f:1: {n} tokens, not 1 to {n - 1}; see"
-    for less, told in ((0, ""), (1, left_out)):
+    why = f"such as f:1: {n} tokens, not 1 to {n - 1}; see --max_new_tokens\n"
+    for less, told in ((0, ""), (1, f"1 of 2 prompts left out, {why}")):
         for flags in (dict(max_prompt_tokens=n - less), dict(max_new_tokens=256 - n + less)):
             prompts = common.load_prompts(rows, tokenizer, ppo.Config(**flags), policy)
-            assert prompts == expected[: 2 - less] and capsys.readouterr().out.startswith(told)
+            assert prompts == expected[: 2 - less] and capsys.readouterr().out == told
     for flags in (dict(max_prompt_tokens=1), dict(max_new_tokens=256)):
         with pytest.raises(UserError, match="2 of 2 .*not 1 to [01]; see --max_new_tok"):
             common.load_prompts(rows, tokenizer, ppo.Config(**flags), policy)

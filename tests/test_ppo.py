@@ -95,13 +95,13 @@ def test_token_rewards_put_the_score_on_the_last_real_token():
 
 def test_the_controllers_of_the_two_kls():
     # On target: no change. The error is capped at 20%, so 128 episodes of 10,000 move 0.256%.
-    cfg = ppo.Config(kl_target=6.0, batch_size=128, objective="kl", beta_target=0.01)
-    factors = {6.0: 1, 60.0: 1.00256, -60.0: 0.99744, 6.6: 1.00128}
+    cfg = ppo.Config(kl_target=6, batch_size=100, kl_horizon=1000, objective="kl", beta_target=0.01)
+    factors = {6.0: 1, 60.0: 1.02, -60.0: 0.98, 6.6: 1.01}
     betas = {0.03: 4, 0.0151: 4, 0.0149: 2, 0.01: 2, 0.0067: 2, 0.0066: 1, 0.0: 1}
     for kl, approx_kl in product(factors, betas):
-        coefs = dict(kl_coef=0.3, beta=2.0)
-        ppo.adapt_coefs(coefs, kl, approx_kl, cfg)
-        assert coefs == pytest.approx(dict(kl_coef=0.3 * factors[kl], beta=betas[approx_kl]))
+        ppo.adapt_coefs(coefs := dict(kl_coef=0.3, beta=2.0), kl, approx_kl, cfg)
+        assert coefs["beta"] == betas[approx_kl] and (coefs["kl_coef"] == 0.3) == (kl == 6)
+        assert coefs["kl_coef"] == pytest.approx(0.3 * factors[kl])
 
 def test_raw_q_raises_the_worst_action_and_the_advantage_lowers_it():
     """The deck's (8.14): three actions, 0 < Q1 < Q2 < Q3, and the first one is sampled."""
